@@ -1,0 +1,1775 @@
+"""idpot hands out serial 64-bit unsigned IDs over HTTP, from MySQL, MariaDB or an embedded SQLite file.
+
+    python3 idpot.py                        # SQLite in ./idpot.db, http://127.0.0.1:8080
+    python3 idpot.py --config=idpot.cfg     # MySQL or MariaDB, as the file says
+
+A pot is a named counter:
+
+    POST /pot/create    form name=foo&min=10: 201, or 409 where the pot exists
+    GET  /pot/foo       204, or 404
+    POST /id/foo        200 and the next ID, first min+1; with count=N (1..10000) N IDs, one per line
+    GET  /id/foo        200 and the current ID, which stays
+    GET  /pot           200, a line per pot: name, tab, current ID
+    POST /pot/raise     form name=foo&min=N: the counter goes up to N if it is lower; 200 and its value
+    GET  /healthz       200 when an ID could be issued now, else 503 and why
+    GET  /metrics       Prometheus text format
+
+An ID that was answered is never answered again from that pot, by any process, after any crash that the
+storage engine survives; each answer is greater than all answers that ended before its request began. The
+value is in the database before the answer leaves, and nothing is fetched ahead.
+"""
+
+import argparse
+import collections
+import configparser
+import contextlib
+import email.utils
+import errno
+import fcntl
+import functools
+import hmac
+import http.client
+import http.server
+import itertools
+import logging
+import math
+import mmap
+import os
+import random
+import re
+import resource
+import select
+import selectors
+import signal
+import socket
+import sqlite3
+import ssl
+import stat
+import struct
+import sys
+import threading
+import time
+import types
+import urllib.parse
+
+__version__ = "1.0.0"
+
+MAX_ID = 2**64 - 1
+MAX_COUNT = 10000
+POT_NAME = re.compile("[A-Za-z0-9_-]{1,60}")    # the table is pot_ + name; MySQL allows 64 characters
+
+log = logging.getLogger("idpot")
+access_log = logging.getLogger("idpot.access")
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+class IdpotError(Exception):
+    """An answer other than success: `status` is its HTTP status, str() the one line that its body says."""
+    status = 500
+    headers = b""
+
+
+class BadRequest(IdpotError):
+    """The request is malformed, or a value in it is; another status than 400 may be given with it."""
+
+    def __init__(self, text, status=400, headers=b""):
+        super().__init__(text)
+        self.status, self.headers = status, headers
+
+
+class Unauthorized(IdpotError):
+    """The bearer token is missing or wrong (RFC 6750)."""
+    status = 401
+    headers = b"WWW-Authenticate: Bearer\r\n"
+
+
+class NotFound(IdpotError):
+    """There is no such pot, or no such path."""
+    status = 404
+
+
+class Exists(IdpotError):
+    """The pot to be created exists."""
+    status = 409
+
+
+class Exhausted(IdpotError):
+    """Fewer IDs are left in the pot, up to 2**64-1, than were asked for."""
+    status = 409
+
+
+class Unavailable(IdpotError):
+    """The database cannot issue an ID now; the same request may succeed later."""
+    status = 503
+    headers = b"Retry-After: 1\r\n"
+
+
+class Broken(Unavailable):
+    """The pot's table has no row, or several, or no column id: there is no ID until somebody has mended it."""
+
+
+class Retry(Unavailable):
+    """Trying again at once, on a new connection, may help."""
+
+
+class StartError(IdpotError):
+    """The server cannot start."""
+    exit_code = 1
+
+
+class SettingsError(StartError):
+    """A setting is wrong, so that starting again cannot help."""
+    exit_code = 78      # EX_CONFIG of sysexits.h
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+def shown(value):
+    """The value in double quotes, cut and escaped, fit for a line of an answer or of the log."""
+    return '"' + ascii(value[:100])[1:-1].replace('"', r'\"') + ("..." if len(value) > 100 else "") + '"'
+
+
+def number(text, low, high, name=""):
+    """The number that the text is in plain decimal digits; BadRequest when it is not one from low to high."""
+    if re.fullmatch("[0-9]{1,20}", text) and low <= int(text) <= high:
+        return int(text)
+    raise BadRequest(f"{name} {shown(text)} is not a whole number from {low} to {high}".lstrip())
+
+
+def split_address(text, default_port=None):
+    """(host, port) of host:port, [IPv6]:port or :port; the host is empty for all interfaces."""
+    match = re.fullmatch(r"(?:\[([^]]*)\]|([^:\[\]]*))(?::([0-9]{1,5}))?", text)
+    port = match and (match[3] or default_port)
+    if not port or int(port) > 65535:
+        raise SettingsError(f"{shown(text)} is not host:port")
+    return match[1] or match[2] or "", int(port)
+
+
+def seconds(text):
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= 86400:
+            return float(text)
+    raise SettingsError(f"{shown(text)} is not a number of seconds above 0, at most 86400")
+
+
+def go_duration(text):
+    """Seconds of a Go duration such as 1m30s or 500ms."""
+    units = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
+    parts = re.findall(r"([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|ms|s|m|h)", text)
+    if not parts or "".join(map("".join, parts)) != text:
+        raise SettingsError(f"{shown(text)} is not a duration such as 30s or 500ms")
+    return sum(float(amount) * units[unit] for amount, unit in parts)
+
+
+def engine_name(text):
+    if re.fullmatch("[A-Za-z0-9_]+", text):
+        return text
+    raise SettingsError(f"{shown(text)} is not the name of a storage engine")
+
+
+def tls_mode(text):
+    mode = {"1": "true", "0": "false"}.get(text, text.lower())
+    if mode in ("true", "false", "skip-verify", "preferred"):
+        return mode
+    raise SettingsError(f"{shown(text)} is not true, false, skip-verify or preferred")
+
+
+DSN_PARAMETERS = {      # of go-sql-driver/mysql -> (name here, converter)
+    "timeout": ("connection_timeout", go_duration), "readTimeout": ("read_timeout", go_duration),
+    "writeTimeout": ("write_timeout", go_duration), "collation": ("collation", str),
+    "charset": ("charset", lambda text: text.split(",")[0]), "tls": ("tls", tls_mode)}
+DSN_IGNORED = frozenset("""allowAllFiles allowCleartextPasswords allowFallbackToPlaintext allowNativePasswords
+    allowOldPasswords checkConnLiveness clientFoundRows columnsWithAlias compress connectionAttributes
+    interpolateParams loc maxAllowedPacket multiStatements parseTime rejectReadOnly serverPubKey strict
+    timeTruncate""".split())    # they mean nothing to idpot
+
+
+def parse_dsn(text):
+    """What a DSN of go-sql-driver/mysql says: arguments of mysql.connector.connect, and `hosts`, the
+    (host, port) pairs to try in order, `variables`, the session variables to SET, and `tls`.
+
+    Raises SettingsError, which never shows the password.
+    """
+    left, slash, right = text.rpartition("/")
+    credentials, _, address = left.rpartition("@")
+    user, _, password = credentials.partition(":")
+    net, parenthesis, inside = address.partition("(")
+    database, _, query = right.partition("?")
+    dsn = {"user": user, "password": password, "database": urllib.parse.unquote(database), "hosts": [],
+           "variables": {}, "tls": "preferred"}
+    if not slash or not database:
+        raise SettingsError("there is no database name after a last /")
+    if parenthesis and not inside.endswith(")"):
+        raise SettingsError(f"{shown(address)} has no closing parenthesis at its end")
+    if net == "unix":
+        dsn["unix_socket"] = inside[:-1] or "/tmp/mysql.sock"
+    elif net in ("", "tcp", "tcp4", "tcp6"):
+        addresses = [split_address(one.strip(), 3306) for one in (inside[:-1] or "127.0.0.1").split(",")]
+        dsn["hosts"] = [(host or "127.0.0.1", port) for host, port in addresses]
+    else:
+        raise SettingsError(f"{shown(net)} is neither tcp nor unix")
+    for parameter, equals, value in (pair.partition("=") for pair in query.split("&")):
+        value = urllib.parse.unquote_plus(value)
+        if parameter in DSN_PARAMETERS:
+            name, convert = DSN_PARAMETERS[parameter]
+            dsn[name] = convert(value)
+        elif equals and parameter not in DSN_IGNORED:
+            if not re.fullmatch(r"@{0,2}[A-Za-z0-9_.$]+", parameter):
+                raise SettingsError(f"{shown(parameter)} is not the name of a session variable")
+            dsn["variables"][parameter] = value
+    return dsn
+
+
+SETTINGS = {    # section -> name -> (default as the file writes it, converter)
+    "Server": {
+        "Listen": ("127.0.0.1:8080", split_address),
+        "LogFile": ("", str),               # strftime pattern; empty: the access log goes to stderr
+        "LogLinkName": ("", str),           # symlink to the newest log file
+        "Token": ("", str),                 # bearer token asked for everything but /healthz
+        "AdminToken": ("", str),            # asked for create and raise; empty: Token is
+        "Workers": ("1", lambda text: number(text, 1, 64)),
+        "Timeout": ("10", seconds),         # that a request may wait for the database, then 503
+        "RequestTimeout": ("10", seconds),  # for a whole request to arrive, then 408
+        "IdleTimeout": ("60", seconds),     # without a request, then the connection is closed
+        "MaxConnections": ("1024", lambda text: number(text, 1, 1000000)),
+    },
+    "Mysql": {
+        "ConnectString": ("", lambda text: text and parse_dsn(text)),
+        "Hostname": ("127.0.0.1", str),
+        "Port": ("3306", lambda text: number(text, 1, 65535)),
+        "Username": ("root", str),
+        "Password": ("", str),
+        "Dbname": ("idpot", str),
+        "Engine": ("MyISAM", engine_name),
+    },
+    "Sqlite": {"File": ("idpot.db", str)},
+}
+
+
+class ConfigReader(configparser.RawConfigParser):
+    """Reads the format of gcfg, which go-idpot used: values bare or in double quotes, comments after them."""
+    SECTCRE = re.compile(r"\[\s*(?P<header>[^]\s][^]]*?)\s*\]\s*(?:[;#].*)?$")
+    VALUE = re.compile(r'((?:"(?:[^"\\]|\\.)*"|[^";#])*)(?:[;#].*)?')
+    ESCAPES = {"\\": "\\", '"': '"', "n": "\n", "t": "\t"}
+
+    def __init__(self):
+        super().__init__(delimiters="=", comment_prefixes=(";", "#"), default_section="")
+
+    def entries(self, path):
+        """Yields (line number, section, name in lower case, raw value), and (0, section, None, "") per section."""
+        def numbered(file):     # configparser knows no line numbers: they travel at the head of the value
+            for at, line in enumerate(file, 1):
+                name, equals, value = line.strip().partition("=")
+                yield f"{name}={at} {value}" if equals and name[:1] not in ("[", ";", "#") else line.strip()
+
+        with open(path, encoding="utf-8-sig") as file:
+            self.read_file(numbered(file), path)
+        for section in self.sections():
+            yield 0, section, None, ""
+            for name, value in self.items(section):
+                at, _, text = value.partition(" ")
+                yield int(at), section, name, text
+
+    @classmethod
+    def unquote(cls, text):
+        match = cls.VALUE.fullmatch(text)
+        if not match:
+            raise SettingsError("a double quote is not closed")
+        return re.sub('"((?:[^"\\\\]|\\\\.)*)"', lambda quoted: re.sub(r"\\(.)", cls.unescape, quoted[1]),
+                      match[1].strip())
+
+    @classmethod
+    def unescape(cls, escaped):
+        if escaped[1] not in cls.ESCAPES:
+            raise SettingsError(rf"\{escaped[1]} is not one of \\ \" \n \t")
+        return cls.ESCAPES[escaped[1]]
+
+
+def load_settings(path=None):
+    """The settings of the file, or the defaults: a namespace of each name in lower case, `store`, `dsn`, `path`.
+
+    An empty value means the default. Raises SettingsError with file, line and name.
+    """
+    rows = {(section.lower(), name.lower()): (name, *row) for section in SETTINGS
+            for name, row in SETTINGS[section].items()}
+    values = {name.lower(): convert(default) for name, default, convert in rows.values()}
+    given, where = set(), path
+    try:
+        for line, section, name, text in ConfigReader().entries(path) if path else ():
+            where = f"{path}:{line}" if line else path
+            if section.lower() not in map(str.lower, SETTINGS):
+                raise SettingsError(f"unknown section [{section}]")
+            given.add(section.lower())
+            if name and (section.lower(), name) not in rows:
+                raise SettingsError(f"unknown name {shown(name)} in [{section}]")
+            if text:
+                written, _, convert = rows[section.lower(), name]
+                try:
+                    text = ConfigReader.unquote(text)
+                    values[name] = convert(text) if text else values[name]
+                except IdpotError as error:
+                    raise SettingsError(f"{written}: {error}")
+        where = path
+        if given >= {"mysql", "sqlite"}:
+            raise SettingsError("[Mysql] and [Sqlite] are both given: keep one")
+        if values["workers"] > 1 and "mysql" not in given:
+            raise SettingsError("Workers above 1 need [Mysql]: an SQLite file belongs to one process")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: {getattr(error, 'strerror', None) or error}")
+    except configparser.Error as error:     # its text could show a password
+        line = getattr(error, "lineno", None) or error.errors[0][0]
+        reason = "is there twice" if "Duplicate" in type(error).__name__ else "is neither [section] nor name = value"
+        raise SettingsError(f"{path}:{line}: this {reason}")
+    except SettingsError as error:
+        raise SettingsError(f"{where}: {error}")
+    values["dsn"] = values["connectstring"] or {
+        "user": values["username"], "password": values["password"], "database": values["dbname"],
+        "hosts": [(values["hostname"], values["port"])], "variables": {}, "tls": "preferred"}
+    values.update(admintoken=values["admintoken"] or values["token"], no_token="")
+    return types.SimpleNamespace(**values, path=path, store=MysqlStore if "mysql" in given else SqliteStore)
+
+
+# -------------------------------------------------------------------------------------------------- logs
+
+class StrftimeFileHandler(logging.Handler):
+    """Appends to the file that a strftime pattern names now, with a symlink to it; a record is one line or many.
+
+    A file that cannot be written is told once on stderr and tried again at the next record.
+    """
+
+    def __init__(self, pattern, link="", clock=time.time):
+        super().__init__()
+        self.pattern, self.link, self.clock = pattern, link, clock
+        self.path = self.file = None
+        self.failed = False
+        self._open()
+
+    def _open(self):
+        """Opens the file of this moment unless it is open."""
+        path = time.strftime(self.pattern, time.localtime(self.clock()))
+        if self.file is not None and path == self.path:
+            return
+        self.reopen()
+        self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        self.path = path
+        if self.link:
+            if os.path.lexists(self.link) and not os.path.islink(self.link):
+                raise OSError(errno.EEXIST, "LogLinkName is there and is not a symlink", self.link)
+            new = f"{self.link}.{os.getpid()}"
+            os.symlink(os.path.relpath(path, os.path.dirname(self.link) or "."), new)
+            os.replace(new, self.link)      # atomic: the link never misses
+
+    def emit(self, record):
+        try:
+            self._open()
+            data = memoryview((record.getMessage() + "\n").encode("ascii", "backslashreplace"))
+            while data:     # with O_APPEND the lines of several processes do not mix
+                data = data[os.write(self.file, data):]
+            self.failed = False
+        except OSError as error:
+            if not self.failed:
+                log.error("the access log cannot be written, its lines are lost: %s", error)
+            self.failed = True
+
+    def reopen(self):
+        """Closes the file; the next record opens it anew, after logrotate has moved it."""
+        with self.lock:
+            file, self.file = self.file, None
+            if file is not None:
+                os.close(file)
+
+
+class AccessLog:
+    """Lines of the NCSA combined format, gathered and written in one piece at each `flush`.
+
+    When the disk hangs, the newest lines are kept, up to a limit.
+    """
+    MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()     # strftime's %b follows the locale
+    UNSAFE = re.compile(rb'["\\\x00-\x1f\x7f-\xff]')
+
+    def __init__(self):
+        self._lines = collections.deque(maxlen=200000)
+        self._second, self._time, self.date = 0, "", b""
+
+    def tick(self):
+        """Sets the log's time and `date`, the Date header's (RFC 9110, 6.6.1), when a new second has begun."""
+        now = int(time.time())
+        if now != self._second:
+            local = time.localtime(now)
+            self._time = time.strftime(f"%d/{self.MONTHS[local.tm_mon - 1]}/%Y:%H:%M:%S %z", local)
+            self.date = email.utils.formatdate(now, usegmt=True).encode()
+            self._second = now
+
+    def add(self, host, line, status, size, tail):
+        self._lines.append(f'{host} - - [{self._time}] "{line}" {status} {size or "-"} {tail}')
+
+    def flush(self):
+        lines = [self._lines.popleft() for _ in range(len(self._lines))]
+        if lines:
+            access_log.info("%s", "\n".join(lines))
+
+    @classmethod
+    def escape(cls, data):
+        """The bytes as Apache logs them: quotes and backslashes escaped, others as \\xhh."""
+        return cls.UNSAFE.sub(lambda m: b"\\" + m[0] if m[0] in b'"\\' else b"\\x%02x" % m[0][0], data).decode()
+
+
+def open_logs(settings):
+    """Sends events to stderr and the access log to LogFile, else stderr too; returns its handler."""
+    events = logging.StreamHandler()
+    events.setFormatter(logging.Formatter("%(asctime)s idpot[%(process)d] %(levelname)s %(message)s",
+                                          "%Y-%m-%d %H:%M:%S"))
+    try:
+        lines = (StrftimeFileHandler(settings.logfile, settings.loglinkname) if settings.logfile
+                 else logging.StreamHandler())
+    except OSError as error:
+        raise StartError(f"LogFile {shown(error.filename or settings.logfile)}: {error.strerror}")
+    log.handlers, access_log.handlers, access_log.propagate = [events], [lines], False
+    log.setLevel(logging.INFO)
+    return lines
+
+
+# ------------------------------------------------------------------------ what the worker processes share
+
+class Marks:
+    """The highest ID given per pot by this server, in memory that forked workers share.
+
+    A worker writes only its own column, and only from the one thread that serves the pot, so a write needs no
+    lock. A new pot's slot is appended under a file lock, which the kernel frees if its owner dies.
+    """
+    SLOTS = 1 << 20     # sparse: a page is there once it is written
+    NAME = 8            # words of a slot that hold the pot's name
+
+    def __init__(self, workers):
+        self._workers, self._stride, self.column = workers, self.NAME + workers, 0
+        self._file = os.memfd_create("idpot")
+        os.ftruncate(self._file, 8 * (1 + self.SLOTS * self._stride))
+        self._bytes = mmap.mmap(self._file, 0)
+        self._words = memoryview(self._bytes).cast("Q")     # word 0: the number of slots in use
+        self._known = {}                                    # pot -> its first column's index
+        self._lock = threading.RLock()
+
+    def get(self, pot):
+        at = self._known.get(pot) or self._find(pot)
+        return max(self._words[at:at + self._workers]) if at else 0
+
+    def put(self, pot, last):
+        at = self._known.get(pot) or self._find(pot) or self._append(pot)
+        if last > self._words[at + self.column]:
+            self._words[at + self.column] = last
+
+    def _find(self, pot):
+        with self._lock:
+            for slot in range(len(self._known), self._words[0]):
+                at = 1 + slot * self._stride
+                name = self._bytes[8 * at:8 * (at + self.NAME)].rstrip(b"\0").decode()
+                self._known[name] = at + self.NAME
+            return self._known.get(pot)
+
+    def _append(self, pot):
+        with self._lock:
+            fcntl.lockf(self._file, fcntl.LOCK_EX)
+            try:
+                if not self._find(pot):
+                    if self._words[0] == self.SLOTS:
+                        raise Unavailable(f"more than {self.SLOTS} pots are in use")
+                    at = 8 * (1 + self._words[0] * self._stride)
+                    self._bytes[at:at + len(pot)] = pot.encode()
+                    self._words[0] += 1
+                return self._find(pot)
+            finally:
+                fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+
+METHODS = ("GET", "HEAD", "POST", "other")
+STATUSES = (200, 201, 204, 400, 401, 404, 405, 408, 409, 413, 414, 415, 417, 431, 500, 501, 503, 505)
+ERRNOS = (1021, 1040, 1044, 1045, 1047, 1053, 1114, 1142, 1180, 1205, 1213, 1290, 1317, 1836, 1927, 1969,
+          2002, 2003, 2006, 2013, 2055, 3024, 4031, "other")
+ROUTES = ("/id/{pot}", "/pot/{pot}", "/pot/create", "/pot/raise", "/pot", "/healthz", "/metrics", "other")
+METRICS = {     # name -> (help, label names, all label values)
+    "idpot_http_requests_total": ("Requests answered.", ("route", "method", "code"),
+                                  list(itertools.product(ROUTES, METHODS, STATUSES))),
+    "idpot_ids_issued_total": ("IDs taken from pots.", (), [()]),
+    "idpot_db_statements_total": ("Statements that took IDs, each for all who waited.", (), [()]),
+    "idpot_db_seconds_total": ("Time spent in the database, summed over connections.", (), [()]),
+    "idpot_db_errors_total": ("Errors of the database.", ("errno",), [(number,) for number in ERRNOS]),
+    "idpot_db_retries_total": ("Requests that were put into a further statement.", (), [()]),
+    "idpot_connections": ("Open HTTP connections.", (), [()]),
+}
+
+
+class Counters:
+    """Whole numbers for /metrics in memory that forked workers share: each adds to its own row, all are summed."""
+    INDEX = {key: at for at, key in enumerate(
+        [("heartbeat",), *((name, *labels) for name, metric in METRICS.items() for labels in metric[2])])}
+
+    def __init__(self, workers):
+        self._all = memoryview(mmap.mmap(-1, 8 * workers * len(self.INDEX))).cast("Q")
+        self._lock = threading.Lock()
+        self.started = time.time()
+        self.use_row(0)
+
+    def use_row(self, worker):
+        """From here on this process counts as that worker."""
+        self._row = self._all[worker * len(self.INDEX):(worker + 1) * len(self.INDEX)]
+
+    def add(self, amount, *key):
+        with self._lock:
+            self._row[self.INDEX[key]] += amount
+
+    def set(self, amount, *key):
+        self._row[self.INDEX[key]] = amount
+
+    def rows(self, *key):
+        """The number of each worker."""
+        return self._all[self.INDEX[key]::len(self.INDEX)].tolist()
+
+    def text(self, backend):
+        """The Prometheus text format, version 0.0.4; a series with labels appears when it has counted."""
+        python, lines = sys.version.split()[0], []
+        for name, (meaning, labels, values) in METRICS.items():
+            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {'counter' if '_total' in name else 'gauge'}"]
+            for value in values:
+                total = sum(self.rows(name, *value))
+                pairs = ",".join(f'{label}="{text}"' for label, text in zip(labels, value))
+                if pairs and total:
+                    lines.append(f"{name}{{{pairs}}} {total}")
+                elif not pairs:     # time is counted in nanoseconds
+                    lines.append(f"{name} {total / 1e9 if 'seconds' in name else total}")
+        return "\n".join([
+            *lines, "# HELP idpot_build_info The version that runs.", "# TYPE idpot_build_info gauge",
+            f'idpot_build_info{{version="{__version__}",python="{python}",backend="{backend}"}} 1',
+            "# HELP process_start_time_seconds Start of the server since the epoch.",
+            "# TYPE process_start_time_seconds gauge", f"process_start_time_seconds {self.started:.3f}", ""])
+
+
+# ------------------------------------------------------------------------------------------------ stores
+#
+# A store keeps the pots and is used by one thread at a time. take(pot, count, floor) adds count to the larger of
+# the counter and floor, durably as far as the engine goes, and returns the new value, which ends the range taken.
+# current, create, raise_to, pots and check do what the API says. They raise NotFound, Exists, Exhausted, Broken,
+# Unavailable, and Retry where the same call may help. start() connects, logs what the engine does not promise,
+# returns a description of the store, and raises StartError.
+
+class SqliteStore:
+    """One SQLite file that this process locks; WAL with synchronous=FULL loses nothing at a power cut.
+
+    SQLite's integers are signed, so an ID from 2**63 up is kept as ID - 2**64, and IDs are added to in Python.
+    """
+    backend = "sqlite"
+    connections = 1
+
+    def __init__(self, settings, counters):
+        self._path, self._counters, self._db = settings.file, counters, None
+
+    def start(self):
+        try:
+            self._db = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+            mode = self._db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("CREATE TABLE IF NOT EXISTS pot (name TEXT PRIMARY KEY, id INTEGER NOT NULL)")
+            self._db.execute("BEGIN IMMEDIATE").execute("COMMIT")
+        except sqlite3.Error as error:
+            reason = "another process uses it" if "locked" in str(error) else error
+            raise StartError(f"SQLite file {shown(self._path)}: {reason}")
+        if mode != "wal":
+            raise StartError(f"SQLite file {shown(self._path)} does not take the WAL journal, but {mode}")
+        return f"SQLite {self._path}"
+
+    def _execute(self, statement, *values):
+        try:
+            return self._db.execute(statement, values)
+        except sqlite3.IntegrityError:
+            raise Exists(f"pot {shown(values[0])} exists")
+        except sqlite3.Error as error:
+            self._counters.add(1, "idpot_db_errors_total", "other")
+            log.warning("SQLite: %s", error)
+            raise Unavailable(f"SQLite: {error}")
+
+    def take(self, pot, count, floor):
+        last = max(self.current(pot), floor) + count
+        if last > MAX_ID:
+            raise Exhausted(f"pot {shown(pot)} is exhausted: fewer than {count} IDs are left")
+        return self._set(pot, last)
+
+    def current(self, pot):
+        row = self._execute("SELECT id FROM pot WHERE name = ?", pot).fetchone()
+        if not row:
+            raise NotFound(f"there is no pot {shown(pot)}")
+        return row[0] % 2**64
+
+    def _set(self, pot, value):
+        self._execute("UPDATE pot SET id = ? WHERE name = ?", value - 2**64 if value >> 63 else value, pot)
+        return value
+
+    def create(self, pot, low):
+        self._execute("INSERT INTO pot (name, id) VALUES (?, ?)", pot, low - 2**64 if low >> 63 else low)
+
+    def raise_to(self, pot, low):
+        return self._set(pot, max(self.current(pot), low))
+
+    def pots(self):
+        return [(name, value % 2**64) for name, value in self._execute("SELECT name, id FROM pot ORDER BY name")]
+
+    def check(self):
+        self._execute("BEGIN IMMEDIATE")
+        self._execute("ROLLBACK")
+
+    def close(self):
+        self._db.close()
+
+
+class MysqlStore:
+    """A connection to MySQL or MariaDB, made when it is first needed and thrown away after any trouble.
+
+    A pot is go-idpot's table: `pot_NAME (id BIGINT UNSIGNED NOT NULL)` with one row.
+    """
+    backend = "mysql"
+    connections = 8     # so many slow pots do not hold up the others; MySQL allows 151 connections by default
+
+    # Errors that a new connection or a moment may mend: 1047, 1180, 1205 and 1213 of Galera and locks; 1290, 1792
+    # and 1836 of a server that became read-only; 2xxx, 3024 and -1 of a connection that is lost or too slow.
+    RETRY = frozenset((-1, 1020, 1021, 1040, 1047, 1053, 1114, 1129, 1152, 1158, 1159, 1160, 1161, 1180, 1194, 1195,
+                       1203, 1205, 1213, 1290, 1317, 1792, 1836, 1927, 1969, 2002, 2003, 2005, 2006, 2013, 2055,
+                       3024, 3100, 3101, 4031))
+
+    def __init__(self, settings, counters):
+        try:
+            import mysql.connector      # only where it is configured: SQLite is served with nothing installed
+        except ImportError:
+            raise StartError("[Mysql] needs mysql-connector-python: python3 -m pip install 'mysql-connector-python>=9.2'")
+        self._driver, self._counters, self._engine = mysql.connector, counters, settings.engine
+        self._lock_wait = max(1, math.ceil(settings.timeout) - 1)   # give up before the client is told
+        dsn = dict(settings.dsn)
+        self._hosts, self._variables, self._tls = dsn.pop("hosts"), dsn.pop("variables"), dsn.pop("tls")
+        self._where = dsn.get("unix_socket") or ",".join(f"{host}:{port}" for host, port in self._hosts)
+        self._arguments = {"connection_timeout": 3, "read_timeout": settings.timeout, "write_timeout": settings.timeout,
+                           "autocommit": True, "client_flags": [mysql.connector.ClientFlag.FOUND_ROWS],
+                           "ssl_disabled": self._tls == "false", **dsn}
+        for name in ("connection_timeout", "read_timeout", "write_timeout"):
+            self._arguments[name] = math.ceil(self._arguments[name])        # the driver takes whole seconds
+        if dsn.get("charset", "utf8mb4") == "utf8mb4":      # the driver's own default is unknown to older MariaDB
+            self._arguments.setdefault("collation", "utf8mb4_general_ci")
+        if self._tls == "true":
+            paths = ssl.get_default_verify_paths()
+            self._arguments.update(ssl_verify_cert=True, ssl_verify_identity=True,
+                                   ssl_ca=paths.cafile or paths.openssl_cafile)
+        self._connection = None
+        self._trouble = None    # the error number that was logged last, until the database answers again
+
+    def start(self):
+        try:
+            self._connection = self._connect()
+            self._check_engine()
+        except self._driver.Error as error:
+            raise StartError(f"MySQL {self._where}: {error.msg}")
+        return f"MySQL {self._where}/{self._arguments['database']}, {self._engine}"
+
+    def _connect(self):
+        """A connection to the first address where IDs can be issued; raises the last address's error."""
+        for host, port in self._hosts or [(None, None)]:
+            try:
+                connection = self._driver.connect(**self._arguments, **({"host": host, "port": port} if host else {}))
+                try:
+                    self._prepare(connection)
+                    return connection
+                except self._driver.Error:
+                    connection.close()
+                    raise
+            except self._driver.Error as error:
+                last = error
+        raise last
+
+    def _prepare(self, connection):
+        variables = {"lock_wait_timeout": self._lock_wait, "innodb_lock_wait_timeout": self._lock_wait,
+                     **self._variables, "autocommit": 1, "sql_mode": "'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'"}
+        connection.cmd_query("SET SESSION " + ", ".join(f"{name}={value}" for name, value in variables.items()))
+        if self._tls == "skip-verify" and not self._select(connection, "SHOW STATUS LIKE 'Ssl_cipher'")[0][1]:
+            raise self._driver.Error("the server offers no TLS", errno=2026)
+        self._check_writable(connection)
+
+    def _check_writable(self, connection):
+        state = self._variables_of(connection, "read_only", "wsrep_on")
+        if state.get("wsrep_on") == "ON" and ("wsrep_ready", "ON") not in self._select(
+                connection, "SHOW GLOBAL STATUS LIKE 'wsrep_ready'"):
+            raise self._driver.Error("the Galera node is not ready", errno=1047)
+        if state.get("read_only", "OFF") not in ("OFF", "0"):
+            raise self._driver.Error("the server is read-only", errno=1290)
+
+    @staticmethod
+    def _select(connection, query):
+        with contextlib.closing(connection.cursor()) as cursor:
+            cursor.execute(query)
+            return cursor.fetchall()
+
+    def _variables_of(self, connection, *names):
+        return dict(self._select(connection, f"SHOW GLOBAL VARIABLES WHERE Variable_name IN {names}"))
+
+    def _check_engine(self):
+        """Warns of an engine that forgets IDs at a power cut; refuses one that is missing or wrong for Galera."""
+        state = self._variables_of(self._connection, "wsrep_on", "innodb_flush_log_at_trx_commit", "flush")
+        engines = {row[0].lower(): row[1] for row in self._select(self._connection, "SHOW ENGINES")}
+        engine = self._engine.lower()
+        if engines.get(engine) not in ("YES", "DEFAULT"):
+            raise SettingsError(f"Engine: the server has no storage engine {shown(self._engine)}")
+        if state.get("wsrep_on") == "ON":
+            if engine != "innodb":
+                raise SettingsError(f"Engine: a Galera node replicates InnoDB only, not {self._engine}")
+            for table, kind in self._tables():
+                if kind.lower() != "innodb":
+                    raise SettingsError(f"table {table} is {kind}, which a Galera node does not replicate")
+        if engine == "innodb" and state.get("innodb_flush_log_at_trx_commit") != "1":
+            log.warning("innodb_flush_log_at_trx_commit is not 1: IDs of the last second come again after a power cut")
+        elif engine not in ("innodb", "aria", "rocksdb") and state.get("flush") != "ON":
+            log.warning("Engine %s does not survive a power cut: IDs of the last half minute may come again; "
+                        "InnoDB loses none", self._engine)
+
+    def _tables(self):
+        query = (r"SELECT table_name, engine FROM information_schema.tables WHERE table_schema = DATABASE() "
+                 r"AND table_name LIKE 'pot\_%' AND engine IS NOT NULL")
+        return [row for row in self._select(self._connection, query) if POT_NAME.fullmatch(row[0][4:])]
+
+    @contextlib.contextmanager
+    def _connected(self, pot=""):
+        """The connection; errors of the driver become ours, and all but those about one pot end the connection."""
+        try:
+            if not self._connection:
+                self._connection = self._connect()
+            yield self._connection
+            if self._trouble:
+                self._trouble = None
+                log.info("MySQL %s answers again", self._where)
+        except self._driver.Error as error:
+            if error.errno == 1146:
+                raise NotFound(f"there is no pot {shown(pot)}")
+            if error.errno == 1054:
+                raise Broken(f"the table of pot {shown(pot)} has no column id")
+            self.close()
+            self._counters.add(1, "idpot_db_errors_total", error.errno if error.errno in ERRNOS else "other")
+            if self._trouble != error.errno:
+                self._trouble = error.errno
+                log.warning("MySQL %s: %s", self._where, error)
+            kind = Retry if error.errno in self.RETRY else Unavailable
+            raise kind(f"the database cannot serve this now (error {error.errno})")
+
+    def _update(self, pot, value):
+        """Sets the counter and returns the argument of LAST_INSERT_ID in one round trip; 0 where it was not called."""
+        with self._connected(pot) as connection:
+            done = connection.cmd_query(f"UPDATE `pot_{pot}` SET id = {value}")
+        if done["affected_rows"] != 1:      # with FOUND_ROWS: the rows there are
+            raise Broken(f"the table of pot {shown(pot)} has {done['affected_rows']} rows instead of one")
+        return done["insert_id"]
+
+    def take(self, pot, count, floor):
+        # MariaDB's GREATEST(id, 5) is signed and fails from 2**63 up: with a CAST it serves the rare counter that is
+        # below floor; the statement of every day asks for a counter that is not.
+        limit = MAX_ID - count
+        last = self._update(pot, f"IF(id BETWEEN {floor} AND {limit}, LAST_INSERT_ID(id + {count}), id)")
+        if last:
+            return last
+        current = self.current(pot)
+        if max(current, floor) > limit:
+            raise Exhausted(f"pot {shown(pot)} is exhausted: fewer than {count} IDs are left")
+        if current < floor:
+            log.warning("the counter of pot %s was set back to %d, but %d was given: it goes on above that",
+                        pot, current, floor)
+        higher = f"GREATEST(id, CAST({floor} AS UNSIGNED))"
+        last = self._update(pot, f"IF(id <= {limit}, LAST_INSERT_ID({higher} + {count}), id)")
+        if not last:
+            raise Retry(f"the counter of pot {shown(pot)} is being changed by others")
+        return last
+
+    def current(self, pot):
+        with self._connected(pot) as connection:
+            rows = self._select(connection, f"SELECT id FROM `pot_{pot}` LIMIT 2")
+        if len(rows) != 1:
+            raise Broken(f"the table of pot {shown(pot)} has {'several rows' if rows else 'no row'} instead of one")
+        return rows[0][0]
+
+    def create(self, pot, low):
+        """Makes the table and its row under a lock, as go-idpot does: so a table without a row was left by a crash."""
+        with self._connected(pot) as connection:
+            if not self._select(connection, f"SELECT GET_LOCK('pot_{pot}', {self._lock_wait})")[0][0]:
+                raise Retry(f"another create of pot {shown(pot)} takes too long")
+            self._create_table(connection, pot)
+            empty = not self._select(connection, f"SELECT id FROM `pot_{pot}` LIMIT 1")
+            if empty:
+                connection.cmd_query(f"INSERT INTO `pot_{pot}` (id) VALUES ({low})")
+            self._select(connection, f"SELECT RELEASE_LOCK('pot_{pot}')")   # an error ends the connection and the lock
+        if not empty:
+            raise Exists(f"pot {shown(pot)} exists")
+
+    def _create_table(self, connection, pot):
+        key = " PRIMARY KEY" if self._engine.lower() == "innodb" else ""    # Galera and Group Replication need one
+        try:
+            connection.cmd_query(f"CREATE TABLE `pot_{pot}` (id BIGINT UNSIGNED NOT NULL{key}) ENGINE={self._engine}")
+        except self._driver.Error as error:
+            if error.errno != 1050:     # table exists
+                raise
+
+    def raise_to(self, pot, low):
+        return self._update(pot, f"LAST_INSERT_ID(GREATEST(id, CAST({low} AS UNSIGNED)))")
+
+    def pots(self):
+        with self._connected():
+            return sorted((table[4:], self._current_or_dash(table[4:])) for table, _ in self._tables())
+
+    def _current_or_dash(self, pot):
+        try:
+            return self.current(pot)
+        except (NotFound, Broken):
+            return "-"
+
+    def check(self):
+        with self._connected() as connection:
+            self._check_writable(connection)
+
+    def close(self):
+        connection, self._connection = self._connection, None
+        if connection:
+            with contextlib.suppress(self._driver.Error):
+                connection.close()
+
+
+# -------------------------------------------------------------------------------------------- allocation
+
+class Pool:
+    """Threads that are kept: an item goes to the one that was free last, so that surplus ones stay idle and end.
+
+    work(item, context) returns True to have the item queued again; begin() makes a thread's context, end() ends it.
+    """
+    keep = 10.0     # seconds that a thread waits for an item before it ends; -1: for ever
+
+    def __init__(self, limit):
+        self._limit, self._threads = limit, 0
+        self._pool_lock = threading.Lock()      # guards all of these
+        self._free = []                         # [item, lock to release] of each waiting thread
+        self._queue = collections.deque()       # items that wait for a thread
+
+    def put(self, item):
+        with self._pool_lock:
+            if self._free:
+                slot = self._free.pop()
+                slot[0] = item
+                slot[1].release()
+                return
+            if self._threads == self._limit:
+                self._queue.append(item)
+                return
+            self._threads += 1
+        try:
+            threading.Thread(target=self._run, args=(item,), daemon=True).start()
+        except RuntimeError:    # the system has no more threads
+            with self._pool_lock:
+                self._threads -= 1
+                self._queue.append(item)
+
+    def _run(self, item):
+        context, slot = self.begin(), [None, threading.Lock()]
+        slot[1].acquire()
+        while item is not None:
+            again = self.work(item, context)
+            with self._pool_lock:
+                if again:
+                    self._queue.append(item)
+                if self._queue:
+                    item = self._queue.popleft()
+                    continue
+                slot[0] = None
+                self._free.append(slot)
+            slot[1].acquire(timeout=self.keep)
+            with self._pool_lock:
+                item = slot[0]
+                if item is None:
+                    self._free.remove(slot)
+                    self._threads -= 1
+        self.end(context)
+
+    def crowded(self):
+        """Whether items wait for a thread."""
+        return bool(self._queue)
+
+    def begin(self):
+        return None
+
+    def end(self, context):
+        pass
+
+
+class Job:
+    """What a request wants of a pot's store: `count` IDs, or with count 0 the method and arguments of `call`.
+
+    done(value, error) is called once, by the worker, or by Allocator.expire when the time is over.
+    """
+    __slots__ = ("count", "call", "done", "gone", "start", "tries", "_open")
+
+    def __init__(self, count, call, done, gone):
+        self.count, self.call, self.done, self.gone = count, call, done, gone
+        self.start, self.tries, self._open = time.monotonic(), 0, [True]
+
+    def pending(self):
+        return bool(self._open)
+
+    def finish(self, value=None, error=None):
+        try:
+            self._open.pop()    # atomic: one of the threads that try gets it
+        except IndexError:
+            return
+        self.done(value, error)
+
+
+class Allocator(Pool):
+    """Serves jobs in worker threads, each with its own store; all that wait for one pot are served together.
+
+    While a pot's statement runs, arrivals gather; the next statement takes the sum of their counts. A pot has one
+    thread at most, so a slow pot holds up no other while a thread is free.
+    """
+
+    def __init__(self, settings, marks, counters, store=None):
+        super().__init__(settings.store.connections)
+        self._settings, self._marks, self._counters, self._store = settings, marks, counters, store
+        self._jobs_lock = threading.Lock()      # guards both of these
+        self._jobs = {}         # pot -> jobs that wait; it is there while a thread has the pot or should
+        self._serving = {}      # pot -> jobs that a thread has taken from there
+        if store:
+            self.keep = -1      # the one store of an SQLite file stays open
+
+    def begin(self):
+        return self._store or self._settings.store(self._settings, self._counters)
+
+    def end(self, store):
+        store.close()
+
+    def submit(self, pot, job):
+        with self._jobs_lock:
+            jobs = self._jobs.get(pot)
+            if jobs is None:
+                self._jobs[pot] = [job]
+            else:
+                jobs.append(job)
+        if jobs is None:
+            self.put(pot)
+
+    def expire(self):
+        """Fails the jobs that have waited too long."""
+        oldest = time.monotonic() - self._settings.timeout
+        with self._jobs_lock:
+            late = [job for jobs in (*self._jobs.values(), *self._serving.values()) for job in jobs if job.start < oldest]
+        for job in late:
+            job.finish(error=Unavailable(f"the database did not answer in {self._settings.timeout:g} seconds"))
+
+    def work(self, pot, store):
+        with self._jobs_lock:
+            waiting, self._jobs[pot] = self._jobs[pot], []
+            self._serving[pot] = waiting
+        jobs, start = [job for job in waiting if self._wanted(job)], time.perf_counter_ns()
+        try:
+            self._serve(pot, jobs, store)
+        except Retry:
+            self._put_back(pot, [job for job in jobs if job.pending()])
+        except Exception:
+            log.exception("pot %s", pot)
+            for job in jobs:
+                job.finish(error=IdpotError("internal error"))
+        self._counters.add(time.perf_counter_ns() - start, "idpot_db_seconds_total")
+        with self._jobs_lock:
+            del self._serving[pot]
+            if not self._jobs[pot]:
+                del self._jobs[pot]
+            return pot in self._jobs
+
+    @staticmethod
+    def _wanted(job):
+        """False for a job that was told to wait no more, or whose client has closed after a second of waiting."""
+        if time.monotonic() - job.start > 1 and job.gone():
+            job.finish(error=Unavailable("the client has closed its side"))
+        return job.pending()
+
+    def _serve(self, pot, jobs, store):
+        takes = [job for job in jobs if job.count]
+        if takes:
+            self._take(pot, takes, store)
+        for job in jobs:
+            if not job.count:
+                try:
+                    job.finish(getattr(store, job.call[0])(*job.call[1:]))
+                except IdpotError as error:
+                    if isinstance(error, Retry) and job.call != ("check",):     # a probe is told at once
+                        raise
+                    job.finish(error=error)
+
+    def _take(self, pot, jobs, store):
+        total = sum(job.count for job in jobs)
+        self._counters.add(1, "idpot_db_statements_total")
+        try:
+            last = store.take(pot, total, self._marks.get(pot))
+        except Retry:
+            raise
+        except IdpotError as error:
+            if error.status == Exhausted.status and len(jobs) > 1:      # some of them may fit
+                for job in jobs:
+                    self._take(pot, [job], store)
+            else:
+                for job in jobs:
+                    job.finish(error=error)
+            return
+        self._marks.put(pot, last)
+        self._counters.add(total, "idpot_ids_issued_total")
+        last -= total
+        for job in jobs:
+            last += job.count
+            job.finish(last)
+
+    def _put_back(self, pot, jobs):
+        """Queues the jobs again, before later ones, after a random wait that grows with their tries."""
+        for job in jobs:
+            job.tries += 1
+        self._counters.add(len(jobs), "idpot_db_retries_total")
+        time.sleep(random.uniform(0, min(1.0, 0.02 * 2 ** max((job.tries for job in jobs), default=0))))
+        with self._jobs_lock:
+            self._jobs[pot][:0] = jobs
+
+
+# -------------------------------------------------------------------------------------------------- HTTP
+
+MAX_LINE = 8192         # bytes of a request line, then 414
+MAX_HEAD = 16384        # of the request line and all headers, then 431
+MAX_FIELDS = 64         # headers, then 431
+MAX_BODY = 65536        # bytes, then 413
+THREADS = 256           # that read requests
+PARK_AFTER = 0.1        # seconds that a thread waits for a silent client before the connection is parked
+
+REQUEST_LINE = rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9]\.[0-9])\r\n"
+FIELD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n"
+HEAD = re.compile(REQUEST_LINE + b"((?:" + FIELD + rb")*)\r\n")
+FIELDS = re.compile(rb"([^:\r\n]+):[ \t]*([^\r\n]*?)[ \t]*\r\n")
+FORBIDDEN = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")     # bare CR and LF too
+HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
+TARGET = re.compile(b"(?i)(?:https?://[^/?#]+)?(/[^?#]*)?(?:[?]([^#]*))?")      # RFC 9112, 3.2
+FORM = b"application/x-www-form-urlencoded"
+
+ANSWER_HEADS = {status: b"HTTP/1.1 %d %s\r\nCache-Control: no-store\r\n" % (
+    status, http.HTTPStatus(status).phrase.encode()) for status in STATUSES}
+PLAIN = b"Content-Type: text/plain; charset=utf-8\r\n"
+PROMETHEUS = b"Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
+
+Request = collections.namedtuple("Request", "method path query route pot keep old length expect form token line tail")
+
+
+def parse_target(target):
+    """(path decoded once, query, route template, pot) of a request target; the route of an unknown path is other."""
+    match = TARGET.fullmatch(target)
+    if not match or not target.strip(b"*"):
+        if target == b"*":
+            return "*", "", "other", None
+        raise BadRequest(f"{shown(target.decode())} is not a request target")
+    path = (match[1] or b"/").decode()
+    if re.search("%(?![0-9A-Fa-f]{2})", path):
+        raise BadRequest(f"{shown(path)} has a % without two hexadecimal digits")
+    path = urllib.parse.unquote(path)
+    parent, _, pot = path.rpartition("/")
+    if path in ("/pot/create", "/pot/raise", "/pot", "/healthz", "/metrics"):
+        route = path
+    else:
+        route = parent + "/{pot}" if parent in ("/id", "/pot") and POT_NAME.fullmatch(pot) else "other"
+    return path, (match[2] or b"").decode(), route, pot
+
+
+def check_beginning(head):
+    """Raises the BadRequest that the head, which need not be whole, already deserves."""
+    line, end, _ = head.partition(b"\r\n")
+    if len(line) > MAX_LINE:
+        raise BadRequest("the request line is too long", 414)
+    if len(head) > MAX_HEAD or head.count(b"\n") > MAX_FIELDS + 2:
+        raise BadRequest("the header is too long", 431)
+    if FORBIDDEN.search(head):
+        raise BadRequest("a control character, bare CR or bare LF is in the header")
+    if end and not re.fullmatch(REQUEST_LINE, line + end):
+        raise BadRequest(f"{shown(line.decode('latin-1'))} is not a request line")
+
+
+def parse_fields(lines):
+    """The headers by lower-case name; those that say how the request is read must not come twice."""
+    fields = {}
+    for name, value in FIELDS.findall(lines):
+        name = name.lower()
+        if name in fields and name in (b"host", b"content-length", b"transfer-encoding", b"authorization"):
+            raise BadRequest(f"header {name.decode()} is there twice")
+        fields[name] = fields[name] + b", " + value if name in fields else value
+    return fields
+
+
+@functools.lru_cache(maxsize=256)   # a client repeats its head to the byte: then 0.2 instead of 18 microseconds
+def parse_head(head):
+    """The Request of a whole head, up to its empty line; as strict as RFC 9112 allows. Raises BadRequest."""
+    check_beginning(head)
+    match = HEAD.fullmatch(head)
+    if not match:
+        raise BadRequest("a header line is malformed")
+    method, target, version, lines = match.groups()
+    if version not in (b"1.1", b"1.0"):
+        raise BadRequest(f"HTTP/{version.decode()} is not spoken here", 505)
+    fields, old = parse_fields(lines), version == b"1.0"
+    if b"transfer-encoding" in fields:
+        raise BadRequest("Transfer-Encoding is not supported: send Content-Length", 501)
+    if not HOST.fullmatch(fields.get(b"host", b"" if old else b" ")):
+        raise BadRequest("header Host is missing or malformed")       # RFC 9112, 3.2
+    length = fields.get(b"content-length", b"0")
+    if not re.fullmatch(b"[0-9]{1,19}", length):
+        raise BadRequest(f"Content-Length {shown(length.decode('latin-1'))} is not a number")
+    if int(length) > MAX_BODY:
+        raise BadRequest(f"the body is longer than {MAX_BODY} bytes", 413)
+    if fields.get(b"expect", b"100-continue").lower() != b"100-continue":
+        raise BadRequest("Expect is understood as 100-continue only", 417)
+    connection = {option.strip() for option in fields.get(b"connection", b"").lower().split(b",")}
+    scheme, _, token = fields.get(b"authorization", b"").partition(b" ")
+    return Request(
+        method.decode(), *parse_target(target), old=old, length=int(length), expect=b"expect" in fields and not old,
+        keep=b"close" not in connection and (not old or b"keep-alive" in connection),
+        form=fields.get(b"content-type", FORM).split(b";")[0].strip().lower() == FORM,
+        token=token.strip() if scheme.lower() == b"bearer" else b"",
+        line=AccessLog.escape(b"%s %s HTTP/%s" % (method, target, version)),
+        tail=f'"{AccessLog.escape(fields.get(b"referer", b"-"))}" "{AccessLog.escape(fields.get(b"user-agent", b"-"))}"')
+
+
+class Connection:
+    """A client's connection. A thread reads requests from it while they come; while it is silent it is parked.
+
+    The worker that has the answer sends it, which spares a thread switch for each request. The socket is closed
+    by a thread that would read and holds the turn, or by the one that sends the last answer after `closing`, so that
+    its descriptor is never in use elsewhere.
+    """
+
+    def __init__(self, server, sock, address):
+        self.server, self.sock = server, sock
+        self.host = address[0] if sock.family != socket.AF_UNIX else "127.0.0.1"
+        self.buffer = self.body = b""
+        self.continued = self.discarding = self.closing = False
+        self.turn = threading.Lock()    # held from a request until its answer has left
+        self.deadline = 0.0
+        wait = struct.pack("ll", 0, int(PARK_AFTER * 1e6))      # one system call a recv; settimeout would need two
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 1, 0))
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def serve(self):
+        """Answers the requests that have come; then the connection is parked, or closed."""
+        try:
+            while not self.closing:
+                self._discard() if self.discarding else self._serve_one()
+        except BlockingIOError:
+            if self.buffer or self.discarding or self.turn.locked() or not self.server.stopping:
+                return self.server.park(self)
+        except (OSError, EOFError):     # the client has gone
+            pass
+        self.closing = True
+        self.close_if_free()
+
+    def _serve_one(self):
+        """Reads a request and answers it or leaves it to the allocator."""
+        request = None
+        try:
+            request = self._read()
+            self.turn.acquire()     # the answer before has left
+            self.closing = not request.keep or self.server.stopping
+            self.server.answer(request, self)
+        except (OSError, EOFError):
+            raise
+        except IdpotError as error:
+            self._fail(request, error)
+        except Exception:
+            log.exception("request from %s", self.host)
+            self._fail(request, IdpotError("internal error"))
+
+    def _fail(self, request, error):
+        if request:
+            return self.reply_error(request, error)
+        line = AccessLog.escape(self.buffer.partition(b"\r\n")[0][:MAX_LINE]) or "-"
+        self.buffer = b""
+        self.turn.acquire()
+        self.reply_error(Request("other", "", "", "other", *[None] * 7, line, '"-" "-"'), error)
+        # Closing with unread input would reset the connection and could destroy the answer (RFC 9112, 9.6).
+        self.sock.shutdown(socket.SHUT_WR)
+        self.discarding, self.deadline = True, time.monotonic() + 2
+
+    def close_if_free(self):
+        """Closes, unless an answer is still to leave; then whoever sends it closes."""
+        if self.turn.acquire(blocking=False):
+            self.sock.close()
+            self.server.connections.discard(self)
+
+    def _read(self):
+        """The next whole request, its body in self.body.
+
+        Raises BlockingIOError while the client is silent, EOFError where it has closed between requests, and
+        BadRequest for what is no request or ends too soon.
+        """
+        while True:
+            request = self._next_in_buffer() if self.buffer else None
+            if request:
+                return request
+            if self.buffer and time.monotonic() > self.deadline:
+                raise BadRequest("the request did not arrive in time", 408)
+            data = self.sock.recv(65536, socket.MSG_DONTWAIT if self.server.crowded() else 0)
+            if not data:
+                raise BadRequest("the request is cut off") if self.buffer else EOFError
+            if not self.buffer:
+                self.deadline = time.monotonic() + self.server.settings.requesttimeout
+            self.buffer += data
+
+    def _next_in_buffer(self):
+        while self.buffer.startswith(b"\r\n"):      # RFC 9112, 2.2
+            self.buffer = self.buffer[2:]
+        end = self.buffer.find(b"\r\n\r\n") + 4
+        if end == 3:
+            return check_beginning(self.buffer)
+        request = parse_head(self.buffer[:end])
+        whole = end + request.length
+        if len(self.buffer) < whole:
+            if request.expect and not self.continued:
+                self.continued = True
+                self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            return None
+        self.body, self.buffer, self.continued = self.buffer[end:whole], self.buffer[whole:], False
+        if self.buffer:
+            self.deadline = time.monotonic() + self.server.settings.requesttimeout
+        return request
+
+    def reply_error(self, request, error):
+        self.reply(request, error.status, f"{error}\n".encode(), error.headers)
+
+    def reply(self, request, status, body, headers=b""):
+        """Logs, counts and sends the answer in one piece."""
+        server, method = self.server, request.method if request.method in METHODS else "other"
+        sent = b"" if request.method == "HEAD" else body
+        server.access.tick()
+        server.access.add(self.host, request.line, status, len(sent), request.tail)
+        server.counters.add(1, "idpot_http_requests_total", request.route, method, status)
+        if status != 204:       # RFC 9110, 8.6
+            headers += b"%sContent-Length: %d\r\n" % (b"" if headers == PROMETHEUS else PLAIN, len(body))
+        if self.closing or not request.keep:
+            headers += b"Connection: close\r\n"
+        elif request.old:
+            headers += b"Connection: keep-alive\r\n"
+        self._send(b"%sDate: %s\r\n%s\r\n%s" % (ANSWER_HEADS[status], server.access.date, headers, sent))
+
+    def _send(self, data):
+        """Sends and gives the turn back. What does not fit into the socket's buffer is left to another thread."""
+        with contextlib.suppress(OSError):
+            data = data[self.sock.send(data, socket.MSG_DONTWAIT):]
+        if data:
+            self.server.put(functools.partial(self._send_rest, data))
+        else:
+            self._sent()
+
+    def _send_rest(self, data):
+        end = time.monotonic() + self.server.settings.requesttimeout
+        try:
+            while data and time.monotonic() < end:
+                with contextlib.suppress(BlockingIOError):      # the client has not read for a second
+                    data = data[self.sock.send(data):]
+        except OSError:
+            pass
+        if data:
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)    # half an answer ends the connection
+        self._sent()
+
+    def _sent(self):
+        self.turn.release()
+        if self.closing:
+            self.close_if_free()
+
+    def _discard(self):
+        if time.monotonic() > self.deadline or not self.sock.recv(65536, socket.MSG_DONTWAIT):
+            raise EOFError
+
+    def gone(self):
+        """Whether the client has closed its side; it may still read."""
+        try:
+            return not self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def fields(self, request):
+        """The fields of the query and of the form in the body, each at most once."""
+        if self.body and not request.form:
+            raise BadRequest(f"the body is not {FORM.decode()}", 415)
+        fields = {}
+        for text in (request.query, self.body.decode("latin-1")):
+            try:
+                pairs = urllib.parse.parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=100)
+            except ValueError:
+                raise BadRequest("the form is not UTF-8, or has too many fields")
+            for name, value in pairs:
+                if name in fields:
+                    raise BadRequest(f"{shown(name)} is given twice")
+                fields[name] = value
+        return fields
+
+
+def digits(value):
+    return 200, b"%d" % value
+
+
+class Server(Pool, http.server.ThreadingHTTPServer):
+    """The HTTP server: threads that are reused, parked connections, limits, and what each route answers."""
+
+    def __init__(self, settings, listener, allocator, counters):
+        Pool.__init__(self, THREADS)
+        http.server.ThreadingHTTPServer.__init__(self, listener.getsockname(), None, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+        self.settings, self.allocator, self.counters = settings, allocator, counters
+        self.access, self.connections, self.stopping = AccessLog(), set(), False
+        self._parked = {}       # connection -> None, the one that has been silent longest first
+        self._parking = threading.Lock()
+        self._selector = selectors.DefaultSelector()
+
+    # Hooks of socketserver
+
+    def get_request(self):
+        """Accepts a connection; at a limit it first closes the one that has been silent longest, or waits."""
+        if len(self.connections) >= self.settings.maxconnections:
+            self._make_room()
+            raise BlockingIOError("all connections are in use")
+        try:
+            return self.socket.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._make_room()
+            raise
+
+    def process_request(self, request, client_address):
+        connection = Connection(self, request, client_address)
+        self.connections.add(connection)
+        self.put(connection.serve)
+
+    def handle_error(self, request, client_address):
+        log.warning("a connection could not be served: %s", sys.exc_info()[1])
+
+    def service_actions(self):
+        self.counters.set(int(time.monotonic()), "heartbeat")
+
+    # Connections
+
+    def work(self, task, _):
+        task()
+
+    def park(self, connection):
+        if not connection.buffer and not connection.discarding:
+            connection.deadline = time.monotonic() + self.settings.idletimeout
+        with self._parking:
+            self._parked[connection] = None
+            self._selector.register(connection.sock, selectors.EVENT_READ, connection)
+
+    def _unpark(self, connection):
+        """True for the one caller that gets the connection."""
+        with self._parking:
+            if connection not in self._parked:
+                return False
+            del self._parked[connection]
+            self._selector.unregister(connection.sock)
+            return True
+
+    def _expire(self, connection):
+        """Ends a parked connection: with 408 where half a request has come (RFC 9110, 15.5.9).
+
+        Returns False for one that waits for an answer, or is parked no more.
+        """
+        if connection.turn.locked() or not self._unpark(connection):
+            return False
+        connection.deadline = 0
+        if connection.buffer:
+            self.put(connection.serve)
+        else:
+            connection.closing = True
+            connection.close_if_free()
+        return True
+
+    def _make_room(self):
+        with self._parking:
+            parked = list(self._parked)
+        if not any(map(self._expire, parked)):      # any() stops at the first that could be ended
+            time.sleep(0.05)    # the backlog waits; without a pause the accept loop would spin
+
+    def watch(self):
+        """Gives parked connections to a thread when something comes, and ends what has taken too long."""
+        next_look = 0.0
+        while True:
+            for key, _ in self._selector.select(0.2):
+                if self._unpark(key.data):
+                    self.put(key.data.serve)
+            now = time.monotonic()
+            if now >= next_look:
+                next_look = now + 0.2
+                self.allocator.expire()
+                for connection in list(self._parked):
+                    if now > connection.deadline:
+                        self._expire(connection)
+
+    def stop(self):
+        """Stops accepting, after what waits in the backlog; every answer from now on closes its connection."""
+        self.shutdown()
+        self.stopping = True
+        with contextlib.suppress(OSError):
+            while True:
+                self.process_request(*self.socket.accept())
+        self.socket.close()
+
+    def drain(self, patience):
+        """Closes silent connections, those with half a request once patience is over; returns how many are left."""
+        for connection in list(self._parked):
+            if patience <= 0 or not connection.buffer:
+                self._expire(connection)
+        return len(self.connections)
+
+    # Routes
+
+    def answer(self, request, connection):
+        """Answers the request, or leaves it to the allocator; raises IdpotError for any answer but success."""
+        if request.route not in self.ROUTES:
+            raise NotFound(f"there is nothing at {shown(request.path)}")
+        actions, token = self.ROUTES[request.route]
+        action = actions.get("GET" if request.method == "HEAD" else request.method)
+        if not action:
+            allowed = ", ".join(["GET", "HEAD", "POST"][0 if "GET" in actions else 2:None if "POST" in actions else 2])
+            raise BadRequest(f"{request.method[:20]} is not allowed here, but {allowed}", 405, f"Allow: {allowed}\r\n".encode())
+        token = getattr(self.settings, token).encode()
+        if token and not hmac.compare_digest(token, request.token):
+            raise Unauthorized("the bearer token is wrong" if request.token else "a bearer token is needed")
+        action(self, request, connection)
+
+    def _submit(self, request, connection, pot, render, *call, count=0):
+        """Leaves the request to the allocator; it is answered with the (status, body) of render(value)."""
+        def done(value, error):
+            if error:
+                connection.reply_error(request, error)
+            else:
+                connection.reply(request, *render(value))
+        self.allocator.submit(pot, Job(count, call, done, connection.gone))
+
+    def do_next(self, request, connection):
+        fields = connection.fields(request) if request.query or connection.body else {}
+        if "count" not in fields:
+            return self._submit(request, connection, request.pot, digits, count=1)
+        count = number(fields["count"], 1, MAX_COUNT, "count")
+        self._submit(request, connection, request.pot, count=count, render=lambda last: (
+            200, b"".join([b"%d\n" % one for one in range(last - count + 1, last + 1)])))
+
+    def do_current(self, request, connection):
+        self._submit(request, connection, request.pot, digits, "current", request.pot)
+
+    def do_exists(self, request, connection):
+        self._submit(request, connection, request.pot, lambda _: (204, b""), "current", request.pot)
+
+    def do_create(self, request, connection):
+        fields = connection.fields(request)
+        pot, low = self.pot_of(fields), number(fields.get("min", "0"), 0, MAX_ID, "min")
+        self._submit(request, connection, pot, lambda _: (201, b"Created new pot"), "create", pot, low)
+
+    def do_raise(self, request, connection):
+        fields = connection.fields(request)
+        pot, low = self.pot_of(fields), number(fields.get("min", ""), 0, MAX_ID, "min")
+        self._submit(request, connection, pot, digits, "raise_to", pot, low)
+
+    @staticmethod
+    def pot_of(fields):
+        if not POT_NAME.fullmatch(fields.get("name", "")):
+            raise BadRequest(f"name {shown(fields.get('name', ''))} is not 1 to 60 characters of A-Z a-z 0-9 _ -")
+        return fields["name"]
+
+    def do_list(self, request, connection):
+        self._submit(request, connection, request.path, lambda pots: (
+            200, "".join(f"{pot}\t{value}\n" for pot, value in pots).encode()), "pots")
+
+    def do_health(self, request, connection):
+        self._submit(request, connection, request.path, lambda _: (200, b"ok"), "check")
+
+    def do_metrics(self, request, connection):
+        self.counters.set(len(self.connections), "idpot_connections")
+        connection.reply(request, 200, self.counters.text(self.settings.store.backend).encode(), PROMETHEUS)
+
+    ROUTES = {      # route template -> ({method: action}, the setting that holds the token); HEAD is GET
+        "/id/{pot}": ({"GET": do_current, "POST": do_next}, "token"),
+        "/pot/{pot}": ({"GET": do_exists}, "token"),
+        "/pot/create": ({"GET": do_exists, "POST": do_create}, "admintoken"),
+        "/pot/raise": ({"GET": do_exists, "POST": do_raise}, "admintoken"),
+        "/pot": ({"GET": do_list}, "token"),
+        "/healthz": ({"GET": do_health}, "no_token"),
+        "/metrics": ({"GET": do_metrics}, "token"),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ client
+
+class Client:
+    """A client of an idpot server at a URL, over one connection that is kept; for one thread at a time.
+
+    Its methods raise BadRequest, Unauthorized, NotFound, Exists, Exhausted or Unavailable as the server answers,
+    IdpotError for any other status, and OSError where the server cannot be reached or a timeout, in seconds, is over.
+    """
+
+    def __init__(self, url, token=None, timeout=15):
+        parts = urllib.parse.urlsplit(url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._connection, self._prefix = kind(parts.netloc, timeout=timeout), parts.path.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+
+    def create(self, pot, min=0):
+        """Creates the pot; its first ID is min + 1."""
+        self._request("POST", "/pot/create", name=pot, min=min)
+
+    def exists(self, pot):
+        try:
+            self._request("GET", f"/pot/{pot}")
+            return True
+        except NotFound:
+            return False
+
+    def current(self, pot):
+        """Returns the ID that was given last, or min."""
+        return int(self._request("GET", f"/id/{pot}"))
+
+    def next(self, pot):
+        """Returns a new ID."""
+        return int(self._request("POST", f"/id/{pot}"))
+
+    def next_many(self, pot, count):
+        """Returns a range of count (1..10000) new IDs."""
+        first = int(self._request("POST", f"/id/{pot}", count=count).split(None, 1)[0])
+        return range(first, first + count)
+
+    def raise_to(self, pot, min):
+        """Raises the counter to min unless it is higher; returns the counter."""
+        return int(self._request("POST", "/pot/raise", name=pot, min=min))
+
+    def _request(self, method, path, **fields):
+        connection = self._connection
+        if connection.sock and select.select([connection.sock], [], [], 0)[0]:
+            connection.close()      # the server has ended it meanwhile: nothing is lost by a new one
+        kept = connection.sock is not None
+        body = urllib.parse.urlencode(fields) if fields else None
+        headers = {**self._headers, "Content-Type": FORM.decode()} if body else self._headers
+        try:
+            connection.request(method, self._prefix + path, body, headers)
+            answer = connection.getresponse()
+            text = answer.read().decode()
+        except ConnectionError:
+            connection.close()
+            if not kept:
+                raise
+            return self._request(method, path, **fields)    # ended while the request was on its way
+        except (OSError, http.client.HTTPException):
+            connection.close()
+            raise
+        if answer.status < 300:
+            return text
+        errors = {400: BadRequest, 401: Unauthorized, 404: NotFound, 503: Unavailable,
+                  409: Exists if path == "/pot/create" else Exhausted}
+        raise errors.get(answer.status, IdpotError)(text.strip())
+
+    def close(self):
+        self._connection.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+# --------------------------------------------------------------------------------------- service manager
+
+def notify(state):
+    """Tells systemd a state such as READY=1, as sd_notify(3) does; nothing where no service manager listens."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.connect("\0" + path[1:] if path[0] == "@" else path)
+            sock.sendall(state.encode())
+
+
+def inherited_listener():
+    """The listening socket that systemd (LISTEN_FDS) or start_server (SERVER_STARTER_PORT) left open, or None."""
+    entries = [entry for entry in os.environ.pop("SERVER_STARTER_PORT", "").split(";") if entry]
+    descriptors = [int(entry.rpartition("=")[2]) for entry in entries]      # host:port=fd, or path=fd
+    if os.environ.get("LISTEN_PID") == str(os.getpid()):
+        descriptors += range(3, 3 + int(os.environ["LISTEN_FDS"]))
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)
+    if len(descriptors) > 1:
+        raise StartError(f"{len(descriptors)} sockets were handed over, but one is served")
+    if not descriptors:
+        return None
+    os.set_inheritable(descriptors[0], False)
+    return socket.socket(fileno=descriptors[0])
+
+
+# ------------------------------------------------------------------------------------------ command line
+
+STOP = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (*STOP, signal.SIGHUP, signal.SIGCHLD)
+
+
+def listen(host, port):
+    """The inherited listening socket, or one on the address; raises StartError."""
+    try:
+        listener = inherited_listener()
+        if not listener:
+            family, _, _, _, address = socket.getaddrinfo(
+                host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            listener = socket.create_server(address, family=family, backlog=1024)
+        listener.setblocking(False)     # another process may take a connection between select and accept
+        return listener
+    except OSError as error:
+        raise StartError(f"cannot listen on {host}:{port}: {error.strerror}")
+
+
+class Service:
+    """A server as a whole: settings, listener, counters and marks, and the signals; in one process or several."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.lines = open_logs(settings)
+        self.counters, self.marks = Counters(settings.workers), Marks(settings.workers)
+        self.store = settings.store(settings, self.counters)
+        self.description = self.store.start()
+        self.listener = listen(*settings.listen)
+
+    def run(self):
+        """Serves until a stop signal."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # before threads: the main thread waits for them
+        settings, unix = self.settings, self.listener.family == socket.AF_UNIX
+        host, port = ("", self.listener.getsockname()) if unix else self.listener.getsockname()[:2]
+        if not (unix or host.startswith("127.") or host == "::1" or settings.token or settings.admintoken):
+            log.warning("%s is not a loopback address and no Token is set: anybody who reaches it can create, raise "
+                        "and use up pots", host)
+        secret = settings.token or settings.admintoken or settings.dsn["password"]
+        if settings.path and secret and os.stat(settings.path).st_mode & stat.S_IROTH:
+            log.warning("%s holds secrets, and everybody can read it: chmod o-r", settings.path)
+        log.info("listening on http://%s:%s (%s)", f"[{host}]" if ":" in host else host, port, self.description)
+        notify(f"READY=1\nSTATUS={self.description}")
+        if settings.workers == 1:
+            self.serve(os.getppid())
+        else:
+            self.store.close()      # processes do not share a connection
+            self.supervise()
+        log.info("stopped")
+
+    def serve(self, parent):
+        """Serves in this process until a stop signal, or until the parent is gone."""
+        alone = self.settings.workers == 1
+        kept = self.store if self.store.connections == 1 else None
+        server = Server(self.settings, self.listener, Allocator(self.settings, self.marks, self.counters, kept),
+                        self.counters)
+        for loop in (functools.partial(server.serve_forever, 0.2), server.watch):
+            threading.Thread(target=loop, daemon=True).start()
+        number = None
+        while number not in STOP and os.getppid() == parent:
+            number = getattr(signal.sigtimedwait(SIGNALS, 0.2), "si_signo", None)
+            server.access.flush()
+            self.tend(number, alone)
+        server.stop()
+        start = time.monotonic()
+        while server.drain(start + 1 - time.monotonic()) and time.monotonic() < start + self.settings.timeout:
+            if signal.sigtimedwait(STOP, 0.02):     # a second one stops at once
+                break
+        server.access.flush()
+        if kept and not server.connections:
+            kept.close()        # folds the journal into the file
+
+    def tend(self, number, manager):
+        """Does what a signal, or a moment without one, asks for; the process that systemd knows is the manager."""
+        if manager and number in STOP:
+            notify("STOPPING=1")
+        if number == signal.SIGHUP:
+            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}") if manager else None
+            if self.settings.logfile:
+                self.lines.reopen()
+            notify("READY=1") if manager else None
+        if manager and "WATCHDOG_USEC" in os.environ and min(self.counters.rows("heartbeat")) > time.monotonic() - 5:
+            notify("WATCHDOG=1")    # only while each process's accept loop turns
+
+    def supervise(self):
+        """Keeps settings.workers processes running until a stop signal, and then until they have ended."""
+        pids, stopping = {}, False                          # pid -> worker
+        due = dict.fromkeys(range(self.settings.workers), 0.0)      # worker -> time to start it
+        delays = dict.fromkeys(due, 0.1)                    # worker -> seconds before it is replaced
+        started = {}
+        while pids or not stopping:
+            now = time.monotonic()
+            for worker in [worker for worker, moment in due.items() if moment <= now and not stopping]:
+                del due[worker]
+                started[worker] = now
+                pids[self.fork(worker)] = worker
+            number = getattr(signal.sigtimedwait(SIGNALS, 0.2), "si_signo", None)
+            stopping = stopping or number in STOP
+            if number in (*STOP, signal.SIGHUP):
+                for pid in pids:
+                    os.kill(pid, number)
+            self.tend(number, True)
+            for pid in [pid for pid in pids if os.waitpid(pid, os.WNOHANG)[0]]:
+                worker = pids.pop(pid)
+                delays[worker] = 0.1 if now - started[worker] > 10 else min(30, 2 * delays[worker])
+                due[worker] = now + delays[worker]
+                if not stopping:
+                    log.error("worker %d (pid %d) has ended; it is replaced in %.1f s", worker, pid, delays[worker])
+
+    def fork(self, worker):
+        """Starts a worker process and returns its pid; the worker itself ends here."""
+        parent, pid = os.getpid(), os.fork()
+        if pid:
+            return pid
+        code = 1
+        try:
+            self.marks.column = worker
+            self.counters.use_row(worker)
+            self.serve(parent)
+            code = 0
+        finally:
+            logging.shutdown()
+            os._exit(code)
+
+
+def raise_descriptor_limit(wanted):
+    """Lets MaxConnections fit into this process's limit of open files, as far as that is allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+
+def main(argv=None):
+    """Runs the command line; returns the exit code: 0 stopped, 1 cannot start, 78 wrong settings. Usage errors exit with 2."""
+    parser = argparse.ArgumentParser(prog="idpot", description="Serial 64-bit IDs over HTTP.")
+    parser.add_argument("--config", metavar="FILE", help="settings; without it SQLite in ./idpot.db")
+    parser.add_argument("--listen", metavar="HOST:PORT", help="address to serve on, in place of the file's")
+    parser.add_argument("--check", action="store_true", help="check the settings, reach the database, and exit")
+    parser.add_argument("--version", action="version", version=f"idpot {__version__}")
+    arguments = parser.parse_args(argv)
+    try:
+        address = split_address(arguments.listen) if arguments.listen else None
+    except SettingsError as error:
+        parser.error(f"--listen: {error}")
+    try:
+        settings = load_settings(arguments.config)
+        settings.listen = address or settings.listen
+        if arguments.check:
+            open_logs(settings)
+            print(f"idpot: the settings are valid, {settings.store(settings, Counters(1)).start()} is reached")
+            return 0
+        raise_descriptor_limit(settings.maxconnections + 100)
+        Service(settings).run()
+        return 0
+    except StartError as error:
+        print(f"idpot: {error}", file=sys.stderr)
+        return 1 if arguments.check else error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
