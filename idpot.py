@@ -255,6 +255,7 @@ class ConfigReader(configparser.RawConfigParser):
 
     def __init__(self):
         super().__init__(delimiters="=", comment_prefixes=(";", "#"), default_section="")
+        self.everybody = False      # whether all users can read the file
 
     def entries(self, path):
         """Yields (line number, section, name in lower case, raw value), and (0, section, None, "") per section."""
@@ -264,6 +265,7 @@ class ConfigReader(configparser.RawConfigParser):
                 yield f"{name}={at} {value}" if equals and name[:1] not in ("[", ";", "#") else line.strip()
 
         with open(path, encoding="utf-8-sig") as file:
+            self.everybody = bool(os.fstat(file.fileno()).st_mode & stat.S_IROTH)
             self.read_file(numbered(file), path)
         for section in self.sections():
             yield 0, section, None, ""
@@ -287,16 +289,16 @@ class ConfigReader(configparser.RawConfigParser):
 
 
 def load_settings(path=None):
-    """The settings of the file, or the defaults: a namespace of each name in lower case, `store`, `dsn`, `path`.
+    """The settings of the file, or the defaults: each name in lower case, and `store`, `dsn`, `path`, `readable`.
 
     An empty value means the default. Raises SettingsError with file, line and name.
     """
     rows = {(section.lower(), name.lower()): (name, *row) for section in SETTINGS
             for name, row in SETTINGS[section].items()}
     values = {name.lower(): convert(default) for name, default, convert in rows.values()}
-    given, where = set(), path
+    reader, given, where = ConfigReader(), set(), path
     try:
-        for line, section, name, text in ConfigReader().entries(path) if path else ():
+        for line, section, name, text in reader.entries(path) if path else ():
             where = f"{path}:{line}" if line else path
             if section.lower() not in map(str.lower, SETTINGS):
                 raise SettingsError(f"unknown section [{section}]")
@@ -327,7 +329,7 @@ def load_settings(path=None):
         "user": values["username"], "password": values["password"], "database": values["dbname"],
         "hosts": [(values["hostname"], values["port"])], "variables": {}, "tls": "preferred"}
     values.update(admintoken=values["admintoken"] or values["token"], no_token="")
-    return types.SimpleNamespace(**values, path=path, store=MysqlStore if "mysql" in given else SqliteStore)
+    return types.SimpleNamespace(**values, path=path, readable=reader.everybody, store=MysqlStore if "mysql" in given else SqliteStore)
 
 
 # -------------------------------------------------------------------------------------------------- logs
@@ -614,8 +616,7 @@ class SqliteStore:
         return [(name, value % 2**64) for name, value in self._execute("SELECT name, id FROM pot ORDER BY name")]
 
     def check(self):
-        self._execute("BEGIN IMMEDIATE")
-        self._execute("ROLLBACK")
+        self._execute("PRAGMA user_version = 1")    # a write: a full disk lets a transaction begin
 
     def close(self):
         self._db.close()
@@ -641,12 +642,13 @@ class MysqlStore:
         except ImportError:
             raise StartError("[Mysql] needs mysql-connector-python: python3 -m pip install 'mysql-connector-python>=9.2'")
         self._driver, self._counters, self._engine = mysql.connector, counters, settings.engine
-        self._lock_wait = max(1, math.ceil(settings.timeout) - 1)   # give up before the client is told
+        # Of the time that a request may wait, half is for the first server to answer, the rest for the next one.
+        self._lock_wait = max(1, math.ceil(settings.timeout / 2) - 1)
         dsn = dict(settings.dsn)
         self._hosts, self._variables, self._tls = dsn.pop("hosts"), dsn.pop("variables"), dsn.pop("tls")
         self._where = dsn.get("unix_socket") or ",".join(f"{host}:{port}" for host, port in self._hosts)
-        self._arguments = {"connection_timeout": 3, "read_timeout": settings.timeout, "write_timeout": settings.timeout,
-                           "autocommit": True, "client_flags": [mysql.connector.ClientFlag.FOUND_ROWS],
+        self._arguments = {"connection_timeout": min(3, settings.timeout / 4), "read_timeout": settings.timeout / 2,
+                           "write_timeout": settings.timeout / 2, "autocommit": True, "client_flags": [mysql.connector.ClientFlag.FOUND_ROWS],
                            "ssl_disabled": self._tls == "false", **dsn}
         for name in ("connection_timeout", "read_timeout", "write_timeout"):
             self._arguments[name] = math.ceil(self._arguments[name])        # the driver takes whole seconds
@@ -668,18 +670,26 @@ class MysqlStore:
         return f"MySQL {self._where}/{self._arguments['database']}, {self._engine}"
 
     def _connect(self):
-        """A connection to the first address where IDs can be issued; raises the last address's error."""
+        """A connection to the first address where IDs can be issued; raises the last address's error.
+
+        A Galera node that feeds a joining one says that it is ready, and lets every write hang: it comes last.
+        """
+        spare = None
         for host, port in self._hosts or [(None, None)]:
             try:
                 connection = self._driver.connect(**self._arguments, **({"host": host, "port": port} if host else {}))
                 try:
-                    self._prepare(connection)
-                    return connection
+                    synced = self._prepare(connection)
                 except self._driver.Error:
                     connection.close()
                     raise
+                if synced:
+                    return connection
+                spare = spare or connection
             except self._driver.Error as error:
                 last = error
+        if spare:
+            return spare
         raise last
 
     def _prepare(self, connection):
@@ -688,15 +698,19 @@ class MysqlStore:
         connection.cmd_query("SET SESSION " + ", ".join(f"{name}={value}" for name, value in variables.items()))
         if self._tls == "skip-verify" and not self._select(connection, "SHOW STATUS LIKE 'Ssl_cipher'")[0][1]:
             raise self._driver.Error("the server offers no TLS", errno=2026)
-        self._check_writable(connection)
+        return self._check_writable(connection)
 
     def _check_writable(self, connection):
+        """Whether the server is no Galera node in a state transfer; raises the driver's error where it takes no writes."""
         state = self._variables_of(connection, "read_only", "wsrep_on")
-        if state.get("wsrep_on") == "ON" and ("wsrep_ready", "ON") not in self._select(
-                connection, "SHOW GLOBAL STATUS LIKE 'wsrep_ready'"):
+        node = {"wsrep_ready": "ON", "wsrep_local_state": "4"}      # 4: Synced
+        if state.get("wsrep_on") == "ON":
+            node.update(self._select(connection, f"SHOW GLOBAL STATUS WHERE Variable_name IN {tuple(node)}"))
+        if node["wsrep_ready"] != "ON":
             raise self._driver.Error("the Galera node is not ready", errno=1047)
         if state.get("read_only", "OFF") not in ("OFF", "0"):
             raise self._driver.Error("the server is read-only", errno=1290)
+        return node["wsrep_local_state"] == "4"
 
     @staticmethod
     def _select(connection, query):
@@ -887,10 +901,6 @@ class Pool:
                     self._threads -= 1
         self.end(context)
 
-    def crowded(self):
-        """Whether items wait for a thread."""
-        return bool(self._queue)
-
     def begin(self):
         return None
 
@@ -1038,16 +1048,15 @@ MAX_LINE = 8192         # bytes of a request line, then 414
 MAX_HEAD = 16384        # of the request line and all headers, then 431
 MAX_FIELDS = 64         # headers, then 431
 MAX_BODY = 65536        # bytes, then 413
-THREADS = 256           # that read requests
 PARK_AFTER = 0.1        # seconds that a thread waits for a silent client before the connection is parked
 
 REQUEST_LINE = rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9]\.[0-9])\r\n"
 FIELD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n"
 HEAD = re.compile(REQUEST_LINE + b"((?:" + FIELD + rb")*)\r\n")
-FIELDS = re.compile(rb"([^:\r\n]+):[ \t]*([^\r\n]*?)[ \t]*\r\n")
+FIELDS = re.compile(rb"([^:\r\n]+):([^\r\n]*)\r\n")
 FORBIDDEN = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")     # bare CR and LF too
-HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
-TARGET = re.compile(b"(?i)(?:https?://[^/?#]+)?(/[^?#]*)?(?:[?]([^#]*))?")      # RFC 9112, 3.2
+HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
+ABSOLUTE = re.compile(rb"(?i)https?://(?=[^/?:])" + HOST.pattern + b"(?=[/?]|$)")       # RFC 9112, 3.2.2
 FORM = b"application/x-www-form-urlencoded"
 
 ANSWER_HEADS = {status: b"HTTP/1.1 %d %s\r\nCache-Control: no-store\r\n" % (
@@ -1060,12 +1069,12 @@ Request = collections.namedtuple("Request", "method path query route pot keep ol
 
 def parse_target(target):
     """(path decoded once, query, route template, pot) of a request target; the route of an unknown path is other."""
-    match = TARGET.fullmatch(target)
-    if not match or not target.strip(b"*"):
-        if target == b"*":
-            return "*", "", "other", None
+    origin, absolute = ABSOLUTE.subn(b"", target, 1)
+    if absolute and origin[:1] != b"/":
+        origin = b"/" + origin
+    if origin[:1] != b"/" or b"#" in origin:
         raise BadRequest(f"{shown(target.decode())} is not a request target")
-    path = (match[1] or b"/").decode()
+    path, _, query = origin.decode().partition("?")
     if re.search("%(?![0-9A-Fa-f]{2})", path):
         raise BadRequest(f"{shown(path)} has a % without two hexadecimal digits")
     path = urllib.parse.unquote(path)
@@ -1074,7 +1083,7 @@ def parse_target(target):
         route = path
     else:
         route = parent + "/{pot}" if parent in ("/id", "/pot") and POT_NAME.fullmatch(pot) else "other"
-    return path, (match[2] or b"").decode(), route, pot
+    return path, query, route, pot
 
 
 def check_beginning(head):
@@ -1094,7 +1103,7 @@ def parse_fields(lines):
     """The headers by lower-case name; those that say how the request is read must not come twice."""
     fields = {}
     for name, value in FIELDS.findall(lines):
-        name = name.lower()
+        name, value = name.lower(), value.strip(b" \t")
         if name in fields and name in (b"host", b"content-length", b"transfer-encoding", b"authorization"):
             raise BadRequest(f"header {name.decode()} is there twice")
         fields[name] = fields[name] + b", " + value if name in fields else value
@@ -1146,7 +1155,7 @@ class Connection:
         self.server, self.sock = server, sock
         self.host = address[0] if sock.family != socket.AF_UNIX else "127.0.0.1"
         self.buffer = self.body = b""
-        self.continued = self.discarding = self.closing = False
+        self.continued = self.discarding = self.closing = self.dead = False
         self.turn = threading.Lock()    # held from a request until its answer has left
         self.deadline = 0.0
         wait = struct.pack("ll", 0, int(PARK_AFTER * 1e6))      # one system call a recv; settimeout would need two
@@ -1174,6 +1183,9 @@ class Connection:
         try:
             request = self._read()
             self.turn.acquire()     # the answer before has left
+            if self.dead:
+                self.turn.release()
+                raise EOFError
             self.closing = not request.keep or self.server.stopping
             self.server.answer(request, self)
         except (OSError, EOFError):
@@ -1213,7 +1225,7 @@ class Connection:
                 return request
             if self.buffer and time.monotonic() > self.deadline:
                 raise BadRequest("the request did not arrive in time", 408)
-            data = self.sock.recv(65536, socket.MSG_DONTWAIT if self.server.crowded() else 0)
+            data = self.sock.recv(65536)
             if not data:
                 raise BadRequest("the request is cut off") if self.buffer else EOFError
             if not self.buffer:
@@ -1221,8 +1233,10 @@ class Connection:
             self.buffer += data
 
     def _next_in_buffer(self):
-        while self.buffer.startswith(b"\r\n"):      # RFC 9112, 2.2
-            self.buffer = self.buffer[2:]
+        if self.buffer.startswith(b"\r\n"):     # RFC 9112, 2.2
+            self.buffer = re.sub(rb"\A(?:\r\n)+", b"", self.buffer)
+            if not self.buffer:
+                return None
         end = self.buffer.find(b"\r\n\r\n") + 4
         if end == 3:
             return check_beginning(self.buffer)
@@ -1231,7 +1245,8 @@ class Connection:
         if len(self.buffer) < whole:
             if request.expect and not self.continued:
                 self.continued = True
-                self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                with self.turn:     # not amid the answer before
+                    self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             return None
         self.body, self.buffer, self.continued = self.buffer[end:whole], self.buffer[whole:], False
         if self.buffer:
@@ -1258,8 +1273,12 @@ class Connection:
 
     def _send(self, data):
         """Sends and gives the turn back. What does not fit into the socket's buffer is left to another thread."""
-        with contextlib.suppress(OSError):
+        try:
             data = data[self.sock.send(data, socket.MSG_DONTWAIT):]
+        except BlockingIOError:
+            pass
+        except OSError:     # the client has gone
+            data, self.dead = b"", True
         if data:
             self.server.put(functools.partial(self._send_rest, data))
         else:
@@ -1267,13 +1286,12 @@ class Connection:
 
     def _send_rest(self, data):
         end = time.monotonic() + self.server.settings.requesttimeout
-        try:
+        with contextlib.suppress(OSError):
             while data and time.monotonic() < end:
                 with contextlib.suppress(BlockingIOError):      # the client has not read for a second
                     data = data[self.sock.send(data):]
-        except OSError:
-            pass
         if data:
+            self.dead = True
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)    # half an answer ends the connection
         self._sent()
@@ -1321,7 +1339,7 @@ class Server(Pool, http.server.ThreadingHTTPServer):
     """The HTTP server: threads that are reused, parked connections, limits, and what each route answers."""
 
     def __init__(self, settings, listener, allocator, counters):
-        Pool.__init__(self, THREADS)
+        Pool.__init__(self, 2 * settings.maxconnections)     # a reader and a slow answer for each
         http.server.ThreadingHTTPServer.__init__(self, listener.getsockname(), None, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
@@ -1651,19 +1669,19 @@ class Service:
             log.warning("%s is not a loopback address and no Token is set: anybody who reaches it can create, raise "
                         "and use up pots", host)
         secret = settings.token or settings.admintoken or settings.dsn["password"]
-        if settings.path and secret and os.stat(settings.path).st_mode & stat.S_IROTH:
+        if secret and settings.readable:
             log.warning("%s holds secrets, and everybody can read it: chmod o-r", settings.path)
         log.info("listening on http://%s:%s (%s)", f"[{host}]" if ":" in host else host, port, self.description)
         notify(f"READY=1\nSTATUS={self.description}")
         if settings.workers == 1:
-            self.serve(os.getppid())
+            self.serve()
         else:
             self.store.close()      # processes do not share a connection
             self.supervise()
         log.info("stopped")
 
-    def serve(self, parent):
-        """Serves in this process until a stop signal, or until the parent is gone."""
+    def serve(self, parent=None):
+        """Serves in this process until a stop signal, or until the parent, if one is given, is gone."""
         alone = self.settings.workers == 1
         kept = self.store if self.store.connections == 1 else None
         server = Server(self.settings, self.listener, Allocator(self.settings, self.marks, self.counters, kept),
@@ -1671,7 +1689,7 @@ class Service:
         for loop in (functools.partial(server.serve_forever, 0.2), server.watch):
             threading.Thread(target=loop, daemon=True).start()
         number = None
-        while number not in STOP and os.getppid() == parent:
+        while number not in STOP and parent in (None, os.getppid()):
             number = getattr(signal.sigtimedwait(SIGNALS, 0.2), "si_signo", None)
             server.access.flush()
             self.tend(number, alone)
@@ -1741,7 +1759,8 @@ def raise_descriptor_limit(wanted):
     """Lets MaxConnections fit into this process's limit of open files, as far as that is allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def main(argv=None):
