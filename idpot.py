@@ -666,7 +666,8 @@ class MysqlStore:
             self._connection = self._connect()
             self._check_engine()
         except self._driver.Error as error:
-            raise StartError(f"MySQL {self._where}: {error.msg}")
+            kind = SettingsError if error.errno in (1193, 1231, 1232) else StartError   # of a session variable
+            raise kind(f"MySQL {self._where}: {error.msg}")
         return f"MySQL {self._where}/{self._arguments['database']}, {self._engine}"
 
     def _connect(self):
@@ -694,7 +695,8 @@ class MysqlStore:
 
     def _prepare(self, connection):
         variables = {"lock_wait_timeout": self._lock_wait, "innodb_lock_wait_timeout": self._lock_wait,
-                     **self._variables, "autocommit": 1, "sql_mode": "'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'"}
+                     **self._variables, "autocommit": 1, "sql_safe_updates": 0,
+                     "sql_mode": "'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'"}
         connection.cmd_query("SET SESSION " + ", ".join(f"{name}={value}" for name, value in variables.items()))
         if self._tls == "skip-verify" and not self._select(connection, "SHOW STATUS LIKE 'Ssl_cipher'")[0][1]:
             raise self._driver.Error("the server offers no TLS", errno=2026)
@@ -1110,7 +1112,7 @@ def parse_fields(lines):
     return fields
 
 
-@functools.lru_cache(maxsize=256)   # a client repeats its head to the byte: then 0.2 instead of 18 microseconds
+@functools.lru_cache(maxsize=2048)      # a client repeats its head to the byte: then 0.2 instead of 20 microseconds
 def parse_head(head):
     """The Request of a whole head, up to its empty line; as strict as RFC 9112 allows. Raises BadRequest."""
     check_beginning(head)
@@ -1240,7 +1242,7 @@ class Connection:
         end = self.buffer.find(b"\r\n\r\n") + 4
         if end == 3:
             return check_beginning(self.buffer)
-        request = parse_head(self.buffer[:end])
+        request = (parse_head if end <= 1024 else parse_head.__wrapped__)(self.buffer[:end])    # bounds the cache's size
         whole = end + request.length
         if len(self.buffer) < whole:
             if request.expect and not self.continued:

@@ -265,7 +265,7 @@ text {{ font: 14px sans-serif; fill: #1f2328 }} .head {{ font-weight: bold }} .s
 .page {{ fill: #fff }} rect {{ fill: #2f7ed8 }} .ceiling, .direct {{ fill: #b8bec6 }} path {{ stroke: #1f2328 }}
 @media (prefers-color-scheme: dark) {{ text {{ fill: #e6edf3 }} .page {{ fill: #0d1117 }} path {{ stroke: #e6edf3 }}
 .ceiling, .direct {{ fill: #59626d }} }}</style><rect class="page" width="760" height="{height}"/>
-<text class="head" x="16" y="28">IDs per second, one a request; grey: without a database, without HTTP</text>{body}</svg>
+<text class="head" x="16" y="28">IDs per second, one a request; grey: no database, no HTTP</text>{body}</svg>
 """
 CHART = {"keep-alive, 64 clients": "-c64", "keep-alive, one client": "-c1", "new connections, 10 clients": "-new10"}
 
