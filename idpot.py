@@ -716,9 +716,8 @@ class MysqlStore:
 
     @staticmethod
     def _select(connection, query):
-        with contextlib.closing(connection.cursor()) as cursor:
-            cursor.execute(query)
-            return cursor.fetchall()
+        connection.cmd_query(query)     # a cursor would ping the server first
+        return connection.get_rows()[0]
 
     def _variables_of(self, connection, *names):
         return dict(self._select(connection, f"SHOW GLOBAL VARIABLES WHERE Variable_name IN {names}"))
@@ -1347,6 +1346,7 @@ class Server(Pool, http.server.ThreadingHTTPServer):
         self.socket = listener
         self.settings, self.allocator, self.counters = settings, allocator, counters
         self.access, self.connections, self.stopping = AccessLog(), set(), False
+        self.turned = time.monotonic()      # when the accept loop last did
         self._parked = {}       # connection -> None, the one that has been silent longest first
         self._parking = threading.Lock()
         self._selector = selectors.DefaultSelector()
@@ -1374,7 +1374,7 @@ class Server(Pool, http.server.ThreadingHTTPServer):
         log.warning("a connection could not be served: %s", sys.exc_info()[1])
 
     def service_actions(self):
-        self.counters.set(int(time.monotonic()), "heartbeat")
+        self.turned = time.monotonic()
 
     # Connections
 
@@ -1428,6 +1428,8 @@ class Server(Pool, http.server.ThreadingHTTPServer):
             now = time.monotonic()
             if now >= next_look:
                 next_look = now + 0.2
+                if now - self.turned < 5:
+                    self.counters.set(int(now), "heartbeat")
                 self.allocator.expire()
                 for connection in list(self._parked):
                     if now > connection.deadline:
@@ -1647,8 +1649,8 @@ def listen(host, port):
             listener = socket.create_server(address, family=family, backlog=1024)
         listener.setblocking(False)     # another process may take a connection between select and accept
         return listener
-    except OSError as error:
-        raise StartError(f"cannot listen on {host}:{port}: {error.strerror}")
+    except (OSError, ValueError) as error:
+        raise StartError(f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}")
 
 
 class Service:
@@ -1714,7 +1716,7 @@ class Service:
                 self.lines.reopen()
             notify("READY=1") if manager else None
         if manager and "WATCHDOG_USEC" in os.environ and min(self.counters.rows("heartbeat")) > time.monotonic() - 5:
-            notify("WATCHDOG=1")    # only while each process's accept loop turns
+            notify("WATCHDOG=1")    # only while both loops of each process turn
 
     def supervise(self):
         """Keeps settings.workers processes running until a stop signal, and then until they have ended."""
