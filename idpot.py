@@ -156,6 +156,8 @@ def seconds(text):
 def go_duration(text):
     """Seconds of a Go duration such as 1m30s or 500ms."""
     units = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
+    if text == "0":
+        return 0
     parts = re.findall(r"([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|ms|s|m|h)", text)
     if not parts or "".join(map("".join, parts)) != text:
         raise SettingsError(f"{shown(text)} is not a duration such as 30s or 500ms")
@@ -215,6 +217,8 @@ def parse_dsn(text):
             name, convert = DSN_PARAMETERS[parameter]
             dsn[name] = convert(value)
         elif equals and parameter not in DSN_IGNORED:
+            if parameter.lower().endswith("autocommit"):
+                raise SettingsError("autocommit cannot be set: an ID is in the database before it is answered")
             if not re.fullmatch(r"@{0,2}[A-Za-z0-9_.$]+", parameter):
                 raise SettingsError(f"{shown(parameter)} is not the name of a session variable")
             dsn["variables"][parameter] = value
@@ -344,7 +348,7 @@ class StrftimeFileHandler(logging.Handler):
         super().__init__()
         self.pattern, self.link, self.clock = pattern, link, clock
         self.path = self.file = None
-        self.failed = False
+        self.failed = self.torn = False     # whether the last write failed, and after half a line
         self._open()
 
     def _open(self):
@@ -363,13 +367,14 @@ class StrftimeFileHandler(logging.Handler):
             os.replace(new, self.link)      # atomic: the link never misses
 
     def emit(self, record):
+        data = whole = memoryview(("\n" * self.torn + record.getMessage() + "\n").encode("ascii", "backslashreplace"))
         try:
             self._open()
-            data = memoryview((record.getMessage() + "\n").encode("ascii", "backslashreplace"))
             while data:     # with O_APPEND the lines of several processes do not mix
                 data = data[os.write(self.file, data):]
-            self.failed = False
+            self.failed = self.torn = False
         except OSError as error:
+            self.torn = self.torn or len(data) < len(whole)
             if not self.failed:
                 log.error("the access log cannot be written, its lines are lost: %s", error)
             self.failed = True
@@ -437,14 +442,15 @@ def open_logs(settings):
 class Marks:
     """The highest ID given per pot by this server, in memory that forked workers share.
 
-    A worker writes only its own column, and only from the one thread that serves the pot, so a write needs no
-    lock. A new pot's slot is appended under a file lock, which the kernel frees if its owner dies.
+    Each worker has two words in a pot's slot, its highest ID and a number that is odd while it has a statement under
+    way. It writes only these, and only from the one thread that serves the pot, so a write needs no lock. A new
+    pot's slot is appended under a file lock, which the kernel frees if its owner dies.
     """
     SLOTS = 1 << 20     # sparse: a page is there once it is written
     NAME = 8            # words of a slot that hold the pot's name
 
     def __init__(self, workers):
-        self._workers, self._stride, self.column = workers, self.NAME + workers, 0
+        self._workers, self._stride, self.column = workers, self.NAME + 2 * workers, 0
         self._file = os.memfd_create("idpot")
         os.ftruncate(self._file, 8 * (1 + self.SLOTS * self._stride))
         self._bytes = mmap.mmap(self._file, 0)
@@ -460,6 +466,30 @@ class Marks:
         at = self._known.get(pot) or self._find(pot) or self._append(pot)
         if last > self._words[at + self.column]:
             self._words[at + self.column] = last
+
+    def begin(self, pot):
+        """Notes that a statement on the pot is under way, until end()."""
+        at = self._known.get(pot) or self._find(pot)
+        if at:
+            at += self._workers + self.column
+            self._words[at] = self._words[at] + 1 | 1
+
+    def end(self, pot):
+        at = self._known.get(pot)
+        if at:
+            at += self._workers + self.column
+            self._words[at] += self._words[at] & 1
+
+    def settled(self, pot, patience):
+        """As get(), once the statements of other workers that are under way have ended, or some seconds are over."""
+        self.end(pot)
+        at, limit = self._known[pot] + self._workers, time.monotonic() + patience
+        before = self._words[at:at + self._workers].tolist()
+        while time.monotonic() < limit and any(
+                was & 1 and was == now for was, now in zip(before, self._words[at:at + self._workers])):
+            time.sleep(0.001)
+        self.begin(pot)
+        return self.get(pot)
 
     def _find(self, pot):
         with self._lock:
@@ -548,8 +578,8 @@ class Counters:
 
 # ------------------------------------------------------------------------------------------------ stores
 #
-# A store keeps the pots and is used by one thread at a time. take(pot, count, floor) adds count to the larger of
-# the counter and floor, durably as far as the engine goes, and returns the new value, which ends the range taken.
+# A store keeps the pots and is used by one thread at a time. take(pot, count, marks) adds count to the larger of the
+# counter and the pot's mark, durably as far as the engine goes, and returns the new value, which ends the range taken.
 # current, create, raise_to, pots and check do what the API says. They raise NotFound, Exists, Exhausted, Broken,
 # Unavailable, and Retry where the same call may help. start() connects, logs what the engine does not promise,
 # returns a description of the store, and raises StartError.
@@ -590,8 +620,8 @@ class SqliteStore:
             log.warning("SQLite: %s", error)
             raise Unavailable(f"SQLite: {error}")
 
-    def take(self, pot, count, floor):
-        last = max(self.current(pot), floor) + count
+    def take(self, pot, count, marks):
+        last = max(self.current(pot), marks.get(pot)) + count
         if last > MAX_ID:
             raise Exhausted(f"pot {shown(pot)} is exhausted: fewer than {count} IDs are left")
         return self._set(pot, last)
@@ -647,11 +677,11 @@ class MysqlStore:
         dsn = dict(settings.dsn)
         self._hosts, self._variables, self._tls = dsn.pop("hosts"), dsn.pop("variables"), dsn.pop("tls")
         self._where = dsn.get("unix_socket") or ",".join(f"{host}:{port}" for host, port in self._hosts)
-        self._arguments = {"connection_timeout": min(3, settings.timeout / 4), "read_timeout": settings.timeout / 2,
-                           "write_timeout": settings.timeout / 2, "autocommit": True, "client_flags": [mysql.connector.ClientFlag.FOUND_ROWS],
+        self._arguments = {"autocommit": True, "client_flags": [mysql.connector.ClientFlag.FOUND_ROWS],
                            "ssl_disabled": self._tls == "false", **dsn}
-        for name in ("connection_timeout", "read_timeout", "write_timeout"):
-            self._arguments[name] = math.ceil(self._arguments[name])        # the driver takes whole seconds
+        half = settings.timeout / 2
+        for name, limit in (("connection_timeout", min(3, half / 2)), ("read_timeout", half), ("write_timeout", half)):
+            self._arguments[name] = math.ceil(dsn.get(name) or limit)       # the driver takes whole seconds, 0 is none
         if dsn.get("charset", "utf8mb4") == "utf8mb4":      # the driver's own default is unknown to older MariaDB
             self._arguments.setdefault("collation", "utf8mb4_general_ci")
         if self._tls == "true":
@@ -695,8 +725,7 @@ class MysqlStore:
 
     def _prepare(self, connection):
         variables = {"lock_wait_timeout": self._lock_wait, "innodb_lock_wait_timeout": self._lock_wait,
-                     **self._variables, "autocommit": 1, "sql_safe_updates": 0,
-                     "sql_mode": "'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'"}
+                     "sql_safe_updates": 0, "sql_mode": "'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'", **self._variables}
         connection.cmd_query("SET SESSION " + ", ".join(f"{name}={value}" for name, value in variables.items()))
         if self._tls == "skip-verify" and not self._select(connection, "SHOW STATUS LIKE 'Ssl_cipher'")[0][1]:
             raise self._driver.Error("the server offers no TLS", errno=2026)
@@ -761,6 +790,8 @@ class MysqlStore:
                 raise NotFound(f"there is no pot {shown(pot)}")
             if error.errno == 1054:
                 raise Broken(f"the table of pot {shown(pot)} has no column id")
+            if error.errno in (1264, 1690):     # a column that is smaller than go-idpot's
+                raise Exhausted(f"pot {shown(pot)} is exhausted: its column holds no greater number")
             self.close()
             self._counters.add(1, "idpot_db_errors_total", error.errno if error.errno in ERRNOS else "other")
             if self._trouble != error.errno:
@@ -777,19 +808,20 @@ class MysqlStore:
             raise Broken(f"the table of pot {shown(pot)} has {done['affected_rows']} rows instead of one")
         return done["insert_id"]
 
-    def take(self, pot, count, floor):
+    def take(self, pot, count, marks):
         # MariaDB's GREATEST(id, 5) is signed and fails from 2**63 up: with a CAST it serves the rare counter that is
-        # below floor; the statement of every day asks for a counter that is not.
-        limit = MAX_ID - count
+        # below its mark; the statement of every day asks for a counter that is not.
+        floor, limit = marks.get(pot), MAX_ID - count
         last = self._update(pot, f"IF(id BETWEEN {floor} AND {limit}, LAST_INSERT_ID(id + {count}), id)")
         if last:
             return last
         current = self.current(pot)
-        if max(current, floor) > limit:
-            raise Exhausted(f"pot {shown(pot)} is exhausted: fewer than {count} IDs are left")
         if current < floor:
+            floor = marks.settled(pot, self._lock_wait)
             log.warning("the counter of pot %s was set back to %d, but %d was given: it goes on above that",
                         pot, current, floor)
+        if max(current, floor) > limit:
+            raise Exhausted(f"pot {shown(pot)} is exhausted: fewer than {count} IDs are left")
         higher = f"GREATEST(id, CAST({floor} AS UNSIGNED))"
         last = self._update(pot, f"IF(id <= {limit}, LAST_INSERT_ID({higher} + {count}), id)")
         if not last:
@@ -801,6 +833,8 @@ class MysqlStore:
             rows = self._select(connection, f"SELECT id FROM `pot_{pot}` LIMIT 2")
         if len(rows) != 1:
             raise Broken(f"the table of pot {shown(pot)} has {'several rows' if rows else 'no row'} instead of one")
+        if type(rows[0][0]) is not int:
+            raise Broken(f"the table of pot {shown(pot)} holds no number")
         return rows[0][0]
 
     def create(self, pot, low):
@@ -865,15 +899,14 @@ class Pool:
 
     def put(self, item):
         with self._pool_lock:
-            if self._free:
-                slot = self._free.pop()
-                slot[0] = item
-                slot[1].release()
-                return
-            if self._threads == self._limit:
-                self._queue.append(item)
-                return
-            self._threads += 1
+            slot = self._free.pop() if self._free else None
+            if not slot and self._threads == self._limit:
+                return self._queue.append(item)
+            if not slot:
+                self._threads += 1
+        if slot:
+            slot[0] = item
+            return slot[1].release()
         try:
             threading.Thread(target=self._run, args=(item,), daemon=True).start()
         except RuntimeError:    # the system has no more threads
@@ -884,7 +917,7 @@ class Pool:
     def _run(self, item):
         context, slot = self.begin(), [None, threading.Lock()]
         slot[1].acquire()
-        while item is not None:
+        while True:
             again = self.work(item, context)
             with self._pool_lock:
                 if again:
@@ -892,14 +925,15 @@ class Pool:
                 if self._queue:
                     item = self._queue.popleft()
                     continue
-                slot[0] = None
                 self._free.append(slot)
-            slot[1].acquire(timeout=self.keep)
-            with self._pool_lock:
-                item = slot[0]
-                if item is None:
-                    self._free.remove(slot)
-                    self._threads -= 1
+            if not slot[1].acquire(timeout=self.keep):
+                with self._pool_lock:
+                    if slot in self._free:
+                        self._free.remove(slot)
+                        self._threads -= 1
+                        break
+                slot[1].acquire()   # an item is on its way
+            item = slot[0]
         self.end(context)
 
     def begin(self):
@@ -1005,7 +1039,10 @@ class Allocator(Pool):
         for job in jobs:
             if not job.count:
                 try:
-                    job.finish(getattr(store, job.call[0])(*job.call[1:]))
+                    value = getattr(store, job.call[0])(*job.call[1:])
+                    if job.call[0] == "raise_to":
+                        self._marks.put(pot, value)
+                    job.finish(value)
                 except IdpotError as error:
                     if isinstance(error, Retry) and job.call != ("check",):     # a probe is told at once
                         raise
@@ -1014,8 +1051,10 @@ class Allocator(Pool):
     def _take(self, pot, jobs, store):
         total = sum(job.count for job in jobs)
         self._counters.add(1, "idpot_db_statements_total")
+        self._marks.begin(pot)
         try:
-            last = store.take(pot, total, self._marks.get(pot))
+            last = store.take(pot, total, self._marks)
+            self._marks.put(pot, last)
         except Retry:
             raise
         except IdpotError as error:
@@ -1026,7 +1065,8 @@ class Allocator(Pool):
                 for job in jobs:
                     job.finish(error=error)
             return
-        self._marks.put(pot, last)
+        finally:
+            self._marks.end(pot)
         self._counters.add(total, "idpot_ids_issued_total")
         last -= total
         for job in jobs:
@@ -1138,7 +1178,7 @@ def parse_head(head):
     return Request(
         method.decode(), *parse_target(target), old=old, length=int(length), expect=b"expect" in fields and not old,
         keep=b"close" not in connection and (not old or b"keep-alive" in connection),
-        form=fields.get(b"content-type", FORM).split(b";")[0].strip().lower() == FORM,
+        form=fields.get(b"content-type", FORM).split(b";")[0].strip().lower(),
         token=token.strip() if scheme.lower() == b"bearer" else b"",
         line=AccessLog.escape(b"%s %s HTTP/%s" % (method, target, version)),
         tail=f'"{AccessLog.escape(fields.get(b"referer", b"-"))}" "{AccessLog.escape(fields.get(b"user-agent", b"-"))}"')
@@ -1317,8 +1357,8 @@ class Connection:
 
     def fields(self, request):
         """The fields of the query and of the form in the body, each at most once."""
-        if self.body and not request.form:
-            raise BadRequest(f"the body is not {FORM.decode()}", 415)
+        if self.body and request.form != FORM:
+            raise BadRequest(f"the body is {shown(request.form.decode('latin-1'))}, not {FORM.decode()}", 415)
         fields = {}
         for text in (request.query, self.body.decode("latin-1")):
             try:
@@ -1430,6 +1470,7 @@ class Server(Pool, http.server.ThreadingHTTPServer):
                 next_look = now + 0.2
                 if now - self.turned < 5:
                     self.counters.set(int(now), "heartbeat")
+                self.counters.set(len(self.connections), "idpot_connections")
                 self.allocator.expire()
                 for connection in list(self._parked):
                     if now > connection.deadline:
@@ -1530,6 +1571,10 @@ class Server(Pool, http.server.ThreadingHTTPServer):
 
 # ------------------------------------------------------------------------------------------------ client
 
+def quote(pot):
+    return urllib.parse.quote(pot, safe="")
+
+
 class Client:
     """A client of an idpot server at a URL, over one connection that is kept; for one thread at a time.
 
@@ -1549,22 +1594,22 @@ class Client:
 
     def exists(self, pot):
         try:
-            self._request("GET", f"/pot/{pot}")
+            self._request("GET", f"/pot/{quote(pot)}")
             return True
         except NotFound:
             return False
 
     def current(self, pot):
         """Returns the ID that was given last, or min."""
-        return int(self._request("GET", f"/id/{pot}"))
+        return int(self._request("GET", f"/id/{quote(pot)}"))
 
     def next(self, pot):
         """Returns a new ID."""
-        return int(self._request("POST", f"/id/{pot}"))
+        return int(self._request("POST", f"/id/{quote(pot)}"))
 
     def next_many(self, pot, count):
         """Returns a range of count (1..10000) new IDs."""
-        first = int(self._request("POST", f"/id/{pot}", count=count).split(None, 1)[0])
+        first = int(self._request("POST", f"/id/{quote(pot)}", count=count).split(None, 1)[0])
         return range(first, first + count)
 
     def raise_to(self, pot, min):
@@ -1587,9 +1632,9 @@ class Client:
             if not kept:
                 raise
             return self._request(method, path, **fields)    # ended while the request was on its way
-        except (OSError, http.client.HTTPException):
+        except (OSError, http.client.HTTPException) as error:
             connection.close()
-            raise
+            raise error if isinstance(error, OSError) else ConnectionError(f"half an answer: {error!r}") from error
         if answer.status < 300:
             return text
         errors = {400: BadRequest, 401: Unauthorized, 404: NotFound, 503: Unavailable,
@@ -1700,7 +1745,7 @@ class Service:
         server.stop()
         start = time.monotonic()
         while server.drain(start + 1 - time.monotonic()) and time.monotonic() < start + self.settings.timeout:
-            if signal.sigtimedwait(STOP, 0.02):     # a second one stops at once
+            if signal.sigtimedwait(STOP, 0.02) and alone:     # a second one stops at once
                 break
         server.access.flush()
         if kept and not server.connections:
@@ -1731,10 +1776,12 @@ class Service:
                 started[worker] = now
                 pids[self.fork(worker)] = worker
             number = getattr(signal.sigtimedwait(SIGNALS, 0.2), "si_signo", None)
-            stopping = stopping or number in STOP
             if number in (*STOP, signal.SIGHUP):
-                for pid in pids:
-                    os.kill(pid, number)
+                for pid in pids:    # workers do not count stop signals: systemd and Ctrl-C send them to all processes
+                    os.kill(pid, signal.SIGKILL if stopping and number in STOP else number)
+            if number in STOP:
+                stopping = True
+                self.listener.close()
             self.tend(number, True)
             for pid in [pid for pid in pids if os.waitpid(pid, os.WNOHANG)[0]]:
                 worker = pids.pop(pid)
@@ -1748,15 +1795,10 @@ class Service:
         parent, pid = os.getpid(), os.fork()
         if pid:
             return pid
-        code = 1
-        try:
-            self.marks.column = worker
-            self.counters.use_row(worker)
-            self.serve(parent)
-            code = 0
-        finally:
-            logging.shutdown()
-            os._exit(code)
+        self.marks.column = worker
+        self.counters.use_row(worker)
+        self.serve(parent)
+        sys.exit()
 
 
 def raise_descriptor_limit(wanted):
@@ -1783,6 +1825,7 @@ def main(argv=None):
         settings = load_settings(arguments.config)
         settings.listen = address or settings.listen
         if arguments.check:
+            settings.logfile = ""       # a check leaves no file behind
             open_logs(settings)
             print(f"idpot: the settings are valid, {settings.store(settings, Counters(1)).start()} is reached")
             return 0

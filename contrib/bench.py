@@ -162,7 +162,8 @@ class Bench:
     def loop(self, case):
         """idpot's UPDATE, on one connection."""
         import mysql.connector  # here, since a missing one has been told by idpot
-        update = "UPDATE `pot_direct0` SET id = LAST_INSERT_ID(id + 1) WHERE id BETWEEN %d AND 18446744073709551614"
+        update = ("UPDATE `pot_direct0` SET id = IF(id BETWEEN %d AND 18446744073709551614, "
+                  "LAST_INSERT_ID(id + 1), id)")
         ms, last = [], 0
         with mysql.connector.connect(host="127.0.0.1", port=self.port, user="root", database="test", autocommit=True,
                                      collation="utf8mb4_general_ci") as connection:
@@ -181,7 +182,7 @@ class Counter(idpot.SqliteStore):
     ids = {}
     def start(self): return "a counter in memory"
     def create(self, pot, low): self.ids[pot] = low
-    def take(self, pot, count, floor): self.ids[pot] += count; return self.ids[pot]
+    def take(self, pot, count, marks): self.ids[pot] += count; return self.ids[pot]
     def close(self): pass
 idpot.SqliteStore = Counter
 """
