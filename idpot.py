@@ -1192,18 +1192,26 @@ class Connection:
     its descriptor is never in use elsewhere.
     """
 
-    def __init__(self, server, sock, address):
-        self.server, self.sock = server, sock
-        self.host = address[0] if sock.family != socket.AF_UNIX else "127.0.0.1"
+    def __init__(self, server, sock, host):
+        self.server, self.sock, self.host = server, sock, host
         self.buffer = self.body = b""
         self.continued = self.discarding = self.closing = self.dead = False
         self.turn = threading.Lock()    # held from a request until its answer has left
+        self.flags = socket.MSG_DONTWAIT
         self.deadline = 0.0
-        wait = struct.pack("ll", 0, int(PARK_AFTER * 1e6))      # one system call a recv; settimeout would need two
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 1, 0))
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def start(self):
+        """Serves the first request if it is there, in the accepting thread: that spares a switch to another."""
+        try:
+            self._serve_one()
+        except BlockingIOError:
+            pass
+        except (OSError, EOFError):
+            self.closing = True
+        if self.closing:
+            return self.close_if_free()
+        self.flags = 0
+        self.server.put(self.serve)
 
     def serve(self):
         """Answers the requests that have come; then the connection is parked, or closed."""
@@ -1266,7 +1274,7 @@ class Connection:
                 return request
             if self.buffer and time.monotonic() > self.deadline:
                 raise BadRequest("the request did not arrive in time", 408)
-            data = self.sock.recv(65536)
+            data = self.sock.recv(65536, self.flags)
             if not data:
                 raise BadRequest("the request is cut off") if self.buffer else EOFError
             if not self.buffer:
@@ -1372,6 +1380,15 @@ class Connection:
         return fields
 
 
+def set_timeouts(sock):
+    """Limits each recv and send by the kernel: settimeout would need two system calls for one.
+
+    A connection inherits them, and TCP_NODELAY, from its listener, but not on a unix socket.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, int(PARK_AFTER * 1e6)))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 1, 0))
+
+
 def digits(value):
     return 200, b"%d" % value
 
@@ -1383,7 +1400,10 @@ class Server(Pool, http.server.ThreadingHTTPServer):
         Pool.__init__(self, 2 * settings.maxconnections)     # a reader and a slow answer for each
         http.server.ThreadingHTTPServer.__init__(self, listener.getsockname(), None, bind_and_activate=False)
         self.socket.close()
-        self.socket = listener
+        self.socket, self.unix = listener, listener.family == socket.AF_UNIX
+        set_timeouts(listener)
+        if not self.unix:
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.settings, self.allocator, self.counters = settings, allocator, counters
         self.access, self.connections, self.stopping = AccessLog(), set(), False
         self.turned = time.monotonic()      # when the accept loop last did
@@ -1406,9 +1426,11 @@ class Server(Pool, http.server.ThreadingHTTPServer):
             raise
 
     def process_request(self, request, client_address):
-        connection = Connection(self, request, client_address)
+        if self.unix:
+            set_timeouts(request)
+        connection = Connection(self, request, "127.0.0.1" if self.unix else client_address[0])
         self.connections.add(connection)
-        self.put(connection.serve)
+        connection.start()
 
     def handle_error(self, request, client_address):
         log.warning("a connection could not be served: %s", sys.exc_info()[1])
@@ -1702,6 +1724,7 @@ class Service:
     """A server as a whole: settings, listener, counters and marks, and the signals; in one process or several."""
 
     def __init__(self, settings):
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # before threads: the main thread waits for them
         self.settings = settings
         self.lines = open_logs(settings)
         self.counters, self.marks = Counters(settings.workers), Marks(settings.workers)
@@ -1711,16 +1734,17 @@ class Service:
 
     def run(self):
         """Serves until a stop signal."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # before threads: the main thread waits for them
-        settings, unix = self.settings, self.listener.family == socket.AF_UNIX
-        host, port = ("", self.listener.getsockname()) if unix else self.listener.getsockname()[:2]
+        settings, name = self.settings, self.listener.getsockname()
+        unix = self.listener.family == socket.AF_UNIX
+        host, port = ("", 0) if unix else name[:2]
         if not (unix or host.startswith("127.") or host == "::1" or settings.token or settings.admintoken):
             log.warning("%s is not a loopback address and no Token is set: anybody who reaches it can create, raise "
                         "and use up pots", host)
         secret = settings.token or settings.admintoken or settings.dsn["password"]
         if secret and settings.readable:
             log.warning("%s holds secrets, and everybody can read it: chmod o-r", settings.path)
-        log.info("listening on http://%s:%s (%s)", f"[{host}]" if ":" in host else host, port, self.description)
+        where = f"unix:{name}" if unix else f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        log.info("listening on %s (%s)", where, self.description)
         notify(f"READY=1\nSTATUS={self.description}")
         if settings.workers == 1:
             self.serve()
@@ -1753,13 +1777,15 @@ class Service:
 
     def tend(self, number, manager):
         """Does what a signal, or a moment without one, asks for; the process that systemd knows is the manager."""
-        if manager and number in STOP:
-            notify("STOPPING=1")
+        notes = {signal.SIGHUP: f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}",
+                 **dict.fromkeys(STOP, "STOPPING=1")}
+        if manager and number in notes:
+            notify(notes[number])
         if number == signal.SIGHUP:
-            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}") if manager else None
             if self.settings.logfile:
                 self.lines.reopen()
-            notify("READY=1") if manager else None
+            if manager:
+                notify("READY=1")
         if manager and "WATCHDOG_USEC" in os.environ and min(self.counters.rows("heartbeat")) > time.monotonic() - 5:
             notify("WATCHDOG=1")    # only while both loops of each process turn
 
