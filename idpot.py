@@ -481,7 +481,8 @@ class Marks:
             self._words[at] += self._words[at] & 1
 
     def settled(self, pot, patience):
-        """As get(), once the statements of other workers that are under way have ended, or some seconds are over."""
+        """As get(), once the statements of other workers that are under way have ended, or patience seconds are over,
+        longer than one can take: then its worker was killed amid it."""
         self.end(pot)
         at, limit = self._known[pot] + self._workers, time.monotonic() + patience
         before = self._words[at:at + self._workers].tolist()
@@ -507,7 +508,7 @@ class Marks:
                     if self._words[0] == self.SLOTS:
                         raise Unavailable(f"more than {self.SLOTS} pots are in use")
                     at = 8 * (1 + self._words[0] * self._stride)
-                    self._bytes[at:at + len(pot)] = pot.encode()
+                    self._bytes[at:at + 8 * self.NAME] = pot.encode().ljust(8 * self.NAME, b"\0")
                     self._words[0] += 1
                 return self._find(pot)
             finally:
@@ -755,20 +756,23 @@ class MysqlStore:
         """Warns of an engine that forgets IDs at a power cut; refuses one that is missing or wrong for Galera."""
         state = self._variables_of(self._connection, "wsrep_on", "innodb_flush_log_at_trx_commit", "flush")
         engines = {row[0].lower(): row[1] for row in self._select(self._connection, "SHOW ENGINES")}
-        engine = self._engine.lower()
+        engine, tables = self._engine.lower(), self._tables()
         if engines.get(engine) not in ("YES", "DEFAULT"):
             raise SettingsError(f"Engine: the server has no storage engine {shown(self._engine)}")
         if state.get("wsrep_on") == "ON":
             if engine != "innodb":
                 raise SettingsError(f"Engine: a Galera node replicates InnoDB only, not {self._engine}")
-            for table, kind in self._tables():
+            for table, kind in tables:
                 if kind.lower() != "innodb":
                     raise SettingsError(f"table {table} is {kind}, which a Galera node does not replicate")
-        if engine == "innodb" and state.get("innodb_flush_log_at_trx_commit") != "1":
+        engines = {engine, *(kind.lower() for _, kind in tables)}
+        weak = engines - {"innodb", "aria", "rocksdb"}
+        if "innodb" in engines and state.get("innodb_flush_log_at_trx_commit") != "1":
             log.warning("innodb_flush_log_at_trx_commit is not 1: IDs of the last second come again after a power cut")
-        elif engine not in ("innodb", "aria", "rocksdb") and state.get("flush") != "ON":
+        if weak and state.get("flush") != "ON":
+            names = sorted({name for name in (self._engine, *(kind for _, kind in tables)) if name.lower() in weak})
             log.warning("Engine %s does not survive a power cut: IDs of the last half minute may come again; "
-                        "InnoDB loses none", self._engine)
+                        "InnoDB loses none", ", ".join(names))
 
     def _tables(self):
         query = (r"SELECT table_name, engine FROM information_schema.tables WHERE table_schema = DATABASE() "
@@ -778,27 +782,32 @@ class MysqlStore:
     @contextlib.contextmanager
     def _connected(self, pot=""):
         """The connection; errors of the driver become ours, and all but those about one pot end the connection."""
+        sound = False
         try:
             if not self._connection:
                 self._connection = self._connect()
             yield self._connection
+            sound = True
             if self._trouble:
                 self._trouble = None
                 log.info("MySQL %s answers again", self._where)
         except self._driver.Error as error:
+            sound = error.errno in (1146, 1054, 1264, 1690)
             if error.errno == 1146:
                 raise NotFound(f"there is no pot {shown(pot)}")
             if error.errno == 1054:
                 raise Broken(f"the table of pot {shown(pot)} has no column id")
             if error.errno in (1264, 1690):     # a column that is smaller than go-idpot's
                 raise Exhausted(f"pot {shown(pot)} is exhausted: its column holds no greater number")
-            self.close()
             self._counters.add(1, "idpot_db_errors_total", error.errno if error.errno in ERRNOS else "other")
             if self._trouble != error.errno:
                 self._trouble = error.errno
                 log.warning("MySQL %s: %s", self._where, error)
             kind = Retry if error.errno in self.RETRY else Unavailable
             raise kind(f"the database cannot serve this now (error {error.errno})")
+        finally:
+            if not sound:
+                self.close()
 
     def _update(self, pot, value):
         """Sets the counter and returns the argument of LAST_INSERT_ID in one round trip; 0 where it was not called."""
@@ -811,13 +820,14 @@ class MysqlStore:
     def take(self, pot, count, marks):
         # MariaDB's GREATEST(id, 5) is signed and fails from 2**63 up: with a CAST it serves the rare counter that is
         # below its mark; the statement of every day asks for a counter that is not.
-        floor, limit = marks.get(pot), MAX_ID - count
+        with self._connected(pot):      # first: others may give IDs while this one connects
+            floor, limit = marks.get(pot), MAX_ID - count
         last = self._update(pot, f"IF(id BETWEEN {floor} AND {limit}, LAST_INSERT_ID(id + {count}), id)")
         if last:
             return last
         current = self.current(pot)
         if current < floor:
-            floor = marks.settled(pot, self._lock_wait)
+            floor = marks.settled(pot, self._arguments["read_timeout"] + 1)
             log.warning("the counter of pot %s was set back to %d, but %d was given: it goes on above that",
                         pot, current, floor)
         if max(current, floor) > limit:
@@ -842,11 +852,15 @@ class MysqlStore:
         with self._connected(pot) as connection:
             if not self._select(connection, f"SELECT GET_LOCK('pot_{pot}', {self._lock_wait})")[0][0]:
                 raise Retry(f"another create of pot {shown(pot)} takes too long")
-            self._create_table(connection, pot)
-            empty = not self._select(connection, f"SELECT id FROM `pot_{pot}` LIMIT 1")
-            if empty:
-                connection.cmd_query(f"INSERT INTO `pot_{pot}` (id) VALUES ({low})")
-            self._select(connection, f"SELECT RELEASE_LOCK('pot_{pot}')")   # an error ends the connection and the lock
+            try:
+                self._create_table(connection, pot)
+                empty = not self._select(connection, f"SELECT id FROM `pot_{pot}` LIMIT 1")
+                if empty:
+                    connection.cmd_query(f"INSERT INTO `pot_{pot}` (id) VALUES ({low})")
+                self._select(connection, f"SELECT RELEASE_LOCK('pot_{pot}')")
+            except self._driver.Error:
+                self.close()    # and with it the lock
+                raise
         if not empty:
             raise Exists(f"pot {shown(pot)} exists")
 
@@ -909,10 +923,14 @@ class Pool:
             return slot[1].release()
         try:
             threading.Thread(target=self._run, args=(item,), daemon=True).start()
-        except RuntimeError:    # the system has no more threads
+        except RuntimeError:    # the system has no more threads: one that is free by now, or the next, takes it
             with self._pool_lock:
                 self._threads -= 1
                 self._queue.append(item)
+                slot = self._free.pop() if self._free else None
+                if slot:
+                    slot[0] = self._queue.popleft()
+                    slot[1].release()
 
     def _run(self, item):
         context, slot = self.begin(), [None, threading.Lock()]
@@ -1219,7 +1237,7 @@ class Connection:
             while not self.closing:
                 self._discard() if self.discarding else self._serve_one()
         except BlockingIOError:
-            if self.buffer or self.discarding or self.turn.locked() or not self.server.stopping:
+            with contextlib.suppress(OSError):
                 return self.server.park(self)
         except (OSError, EOFError):     # the client has gone
             pass
@@ -1235,6 +1253,8 @@ class Connection:
             if self.dead:
                 self.turn.release()
                 raise EOFError
+            if self.buffer:     # of a further request: its time begins now
+                self.deadline = time.monotonic() + self.server.settings.requesttimeout
             self.closing = not request.keep or self.server.stopping
             self.server.answer(request, self)
         except (OSError, EOFError):
@@ -1248,7 +1268,7 @@ class Connection:
     def _fail(self, request, error):
         if request:
             return self.reply_error(request, error)
-        line = AccessLog.escape(self.buffer.partition(b"\r\n")[0][:MAX_LINE]) or "-"
+        line = AccessLog.escape(re.match(rb"[^\r\n]*", self.buffer)[0][:MAX_LINE]) or "-"     # no token of a header
         self.buffer = b""
         self.turn.acquire()
         self.reply_error(Request("other", "", "", "other", *[None] * 7, line, '"-" "-"'), error)
@@ -1274,17 +1294,19 @@ class Connection:
                 return request
             if self.buffer and time.monotonic() > self.deadline:
                 raise BadRequest("the request did not arrive in time", 408)
+            if self.buffer and self.flags:
+                raise BlockingIOError       # the accepting thread reads once
             data = self.sock.recv(65536, self.flags)
             if not data:
-                raise BadRequest("the request is cut off") if self.buffer else EOFError
+                raise BadRequest("the request is cut off") if self.buffer.strip(b"\r\n") else EOFError
             if not self.buffer:
                 self.deadline = time.monotonic() + self.server.settings.requesttimeout
             self.buffer += data
 
     def _next_in_buffer(self):
-        if self.buffer.startswith(b"\r\n"):     # RFC 9112, 2.2
-            self.buffer = re.sub(rb"\A(?:\r\n)+", b"", self.buffer)
-            if not self.buffer:
+        if self.buffer.startswith(b"\r\n"):     # RFC 9112, 2.2; one stays, so that the time for a request runs
+            self.buffer = re.sub(rb"\A(?:\r\n)+", b"", self.buffer) or b"\r\n"
+            if self.buffer == b"\r\n":
                 return None
         end = self.buffer.find(b"\r\n\r\n") + 4
         if end == 3:
@@ -1298,8 +1320,6 @@ class Connection:
                     self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             return None
         self.body, self.buffer, self.continued = self.buffer[end:whole], self.buffer[whole:], False
-        if self.buffer:
-            self.deadline = time.monotonic() + self.server.settings.requesttimeout
         return request
 
     def reply_error(self, request, error):
@@ -1346,6 +1366,8 @@ class Connection:
         self._sent()
 
     def _sent(self):
+        if not self.buffer and not self.discarding:
+            self.deadline = time.monotonic() + self.server.settings.idletimeout
         self.turn.release()
         if self.closing:
             self.close_if_free()
@@ -1447,8 +1469,8 @@ class Server(Pool, http.server.ThreadingHTTPServer):
         if not connection.buffer and not connection.discarding:
             connection.deadline = time.monotonic() + self.settings.idletimeout
         with self._parking:
-            self._parked[connection] = None
             self._selector.register(connection.sock, selectors.EVENT_READ, connection)
+            self._parked[connection] = None
 
     def _unpark(self, connection):
         """True for the one caller that gets the connection."""
@@ -1477,8 +1499,8 @@ class Server(Pool, http.server.ThreadingHTTPServer):
     def _make_room(self):
         with self._parking:
             parked = list(self._parked)
-        if not any(map(self._expire, parked)):      # any() stops at the first that could be ended
-            time.sleep(0.05)    # the backlog waits; without a pause the accept loop would spin
+        if not any(map(self._expire, parked)) or len(self.connections) >= self.settings.maxconnections:
+            time.sleep(0.05)    # none could be ended, or one with half a request needs a moment; the backlog waits
 
     def watch(self):
         """Gives parked connections to a thread when something comes, and ends what has taken too long."""
@@ -1503,14 +1525,16 @@ class Server(Pool, http.server.ThreadingHTTPServer):
         self.shutdown()
         self.stopping = True
         with contextlib.suppress(OSError):
-            while True:
+            for _ in range(1024):       # the backlog; under load there would always be one more
                 self.process_request(*self.socket.accept())
         self.socket.close()
 
     def drain(self, patience):
-        """Closes silent connections, those with half a request once patience is over; returns how many are left."""
+        """Closes connections that have been silent for half a second, since a request may be on its way, and those
+        with half a request once patience is over; returns how many are left."""
+        latest = time.monotonic() + self.settings.idletimeout - 0.5
         for connection in list(self._parked):
-            if patience <= 0 or not connection.buffer:
+            if patience <= 0 or not connection.buffer and connection.deadline < latest:
                 self._expire(connection)
         return len(self.connections)
 
@@ -1525,7 +1549,7 @@ class Server(Pool, http.server.ThreadingHTTPServer):
         if not action:
             allowed = ", ".join(["GET", "HEAD", "POST"][0 if "GET" in actions else 2:None if "POST" in actions else 2])
             raise BadRequest(f"{request.method[:20]} is not allowed here, but {allowed}", 405, f"Allow: {allowed}\r\n".encode())
-        token = getattr(self.settings, token).encode()
+        token = getattr(self.settings, "token" if action == Server.do_exists else token).encode()
         if token and not hmac.compare_digest(token, request.token):
             raise Unauthorized("the bearer token is wrong" if request.token else "a bearer token is needed")
         action(self, request, connection)
@@ -1640,8 +1664,11 @@ class Client:
 
     def _request(self, method, path, **fields):
         connection = self._connection
-        if connection.sock and select.select([connection.sock], [], [], 0)[0]:
-            connection.close()      # the server has ended it meanwhile: nothing is lost by a new one
+        if connection.sock:
+            poll = select.poll()
+            poll.register(connection.sock, select.POLLIN)
+            if poll.poll(0):
+                connection.close()      # the server has ended it meanwhile: nothing is lost by a new one
         kept = connection.sock is not None
         body = urllib.parse.urlencode(fields) if fields else None
         headers = {**self._headers, "Content-Type": FORM.decode()} if body else self._headers
@@ -1689,7 +1716,7 @@ def inherited_listener():
     entries = [entry for entry in os.environ.pop("SERVER_STARTER_PORT", "").split(";") if entry]
     descriptors = [int(entry.rpartition("=")[2]) for entry in entries]      # host:port=fd, or path=fd
     if os.environ.get("LISTEN_PID") == str(os.getpid()):
-        descriptors += range(3, 3 + int(os.environ["LISTEN_FDS"]))
+        descriptors += range(3, 3 + int(os.environ.get("LISTEN_FDS", "0")))
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(name, None)
     if len(descriptors) > 1:
@@ -1798,9 +1825,14 @@ class Service:
         while pids or not stopping:
             now = time.monotonic()
             for worker in [worker for worker, moment in due.items() if moment <= now and not stopping]:
+                try:
+                    pids[self.fork(worker)] = worker
+                except OSError as error:        # the system has no more processes
+                    log.error("worker %d cannot be started: %s", worker, error)
+                    due[worker] = now + 1
+                    continue
                 del due[worker]
                 started[worker] = now
-                pids[self.fork(worker)] = worker
             number = getattr(signal.sigtimedwait(SIGNALS, 0.2), "si_signo", None)
             if number in (*STOP, signal.SIGHUP):
                 for pid in pids:    # workers do not count stop signals: systemd and Ctrl-C send them to all processes

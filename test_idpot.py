@@ -1813,8 +1813,8 @@ def test_logs_are_moved_and_reopened_at_sighup_without_losing_a_line(mysql, run)
             os.rename(log, path)
             load.more(20)
             server.process.send_signal(signal.SIGHUP)
-            wait_until(lambda: path not in [os.path.realpath(f"/proc/{pid}/fd/{fd}")
-                                            for pid in pids for fd in os.listdir(f"/proc/{pid}/fd")])
+            wait_until(lambda: f"-> {path}\n" not in subprocess.run(
+                ["ls", "-l", *(f"/proc/{pid}/fd" for pid in pids)], capture_output=True, text=True).stdout)
         load.more()
     assert server.stop() == 0 and os.readlink(f"{server.folder}/newest") == "access"
     lines = [open(path).read().count('"POST /id/p HTTP/1.1" 200 ') for path in (log, *moved)]
