@@ -1751,7 +1751,6 @@ class Service:
     """A server as a whole: settings, listener, counters and marks, and the signals; in one process or several."""
 
     def __init__(self, settings):
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # before threads: the main thread waits for them
         self.settings = settings
         self.lines = open_logs(settings)
         self.counters, self.marks = Counters(settings.workers), Marks(settings.workers)
@@ -1761,6 +1760,7 @@ class Service:
 
     def run(self):
         """Serves until a stop signal."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # before threads: the main thread waits for them
         settings, name = self.settings, self.listener.getsockname()
         unix = self.listener.family == socket.AF_UNIX
         host, port = ("", 0) if unix else name[:2]
@@ -1893,6 +1893,9 @@ def main(argv=None):
     except StartError as error:
         print(f"idpot: {error}", file=sys.stderr)
         return 1 if arguments.check else error.exit_code
+    except KeyboardInterrupt:       # before it serves; later the signal is waited for
+        print("idpot: interrupted", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -690,13 +690,13 @@ class TestAccessLog:
     def test_a_client_cannot_forge_a_line(self, run):
         server = run("[Server]\nLogFile = log")
         for data in [b'GET /a"b\\c HTTP/1.1\r\nHost: x\r\nReferer: r"\r\nUser-Agent: q"\\\t\xe9\r\n\r\n',
-                     b"GET /\x1b[31m\x01\xc3 HTTP/1.1\r\n\r\n", b"GET /\n127.0.0.1 - - HTTP/1.1\r\n\r\n"]:
+                     b"GET /\x1b[31m\x01\xc3 HTTP/1.1\r\n\r\n", b"GET /\nAuthorization: Bearer sesame\r\n\r\n"]:
             assert server.raw(data, half_close=True)
         assert server.stop() == 0
         assert [(line, status, *tail) for line, status, _, *tail in self.fields(f"{server.folder}/log")] == [
             (r'GET /a\"b\\c HTTP/1.1', "404", r'r\"', r'q\"\\\x09\xe9'),
             (r"GET /\x1b[31m\x01\xc3 HTTP/1.1", "400", "-", "-"),
-            (r"GET /\x0a127.0.0.1 - - HTTP/1.1", "400", "-", "-")]
+            ("GET /", "400", "-", "-")]
 
 
 # ---------------------------------------------------------------- hostile input: it answers or closes
@@ -1869,6 +1869,7 @@ def test_client(run):
             server.start()
             assert client.next("p") == last + 1
         server.process.send_signal(signal.SIGSTOP)
+        os.waitpid(server.process.pid, os.WUNTRACED)    # until it has stopped
         with pytest.raises(TimeoutError):
             client.current("p")
         server.process.send_signal(signal.SIGCONT)
