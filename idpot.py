@@ -666,6 +666,7 @@ class MysqlStore:
     RETRY = frozenset((-1, 1020, 1021, 1040, 1047, 1053, 1114, 1129, 1152, 1158, 1159, 1160, 1161, 1180, 1194, 1195,
                        1203, 1205, 1213, 1290, 1317, 1792, 1836, 1927, 1969, 2002, 2003, 2005, 2006, 2013, 2055,
                        3024, 3100, 3101, 4031))
+    NOT_REPLICATED = "a Galera node replicates InnoDB only, not {}"
 
     def __init__(self, settings, counters):
         try:
@@ -752,16 +753,19 @@ class MysqlStore:
     def _variables_of(self, connection, *names):
         return dict(self._select(connection, f"SHOW GLOBAL VARIABLES WHERE Variable_name IN {names}"))
 
+    def _has_engine(self, connection):
+        return any(name.lower() == self._engine.lower() and support in ("YES", "DEFAULT")
+                   for name, support, *_ in self._select(connection, "SHOW ENGINES"))
+
     def _check_engine(self):
         """Warns of an engine that forgets IDs at a power cut; refuses one that is missing or wrong for Galera."""
         state = self._variables_of(self._connection, "wsrep_on", "innodb_flush_log_at_trx_commit", "flush")
-        engines = {row[0].lower(): row[1] for row in self._select(self._connection, "SHOW ENGINES")}
         engine, tables = self._engine.lower(), self._tables()
-        if engines.get(engine) not in ("YES", "DEFAULT"):
+        if not self._has_engine(self._connection):
             raise SettingsError(f"Engine: the server has no storage engine {shown(self._engine)}")
         if state.get("wsrep_on") == "ON":
             if engine != "innodb":
-                raise SettingsError(f"Engine: a Galera node replicates InnoDB only, not {self._engine}")
+                raise SettingsError(f"Engine: {self.NOT_REPLICATED.format(self._engine)}")
             for table, kind in tables:
                 if kind.lower() != "innodb":
                     raise SettingsError(f"table {table} is {kind}, which a Galera node does not replicate")
@@ -850,6 +854,8 @@ class MysqlStore:
     def create(self, pot, low):
         """Makes the table and its row under a lock, as go-idpot does: so a table without a row was left by a crash."""
         with self._connected(pot) as connection:
+            if self._engine.lower() != "innodb" and self._variables_of(connection, "wsrep_on", "").get("wsrep_on") == "ON":
+                raise Unavailable(self.NOT_REPLICATED.format(self._engine))
             if not self._select(connection, f"SELECT GET_LOCK('pot_{pot}', {self._lock_wait})")[0][0]:
                 raise Retry(f"another create of pot {shown(pot)} takes too long")
             try:
@@ -888,6 +894,8 @@ class MysqlStore:
     def check(self):
         with self._connected() as connection:
             self._check_writable(connection)
+            if not self._has_engine(connection):
+                raise Unavailable(f"the server has no storage engine {shown(self._engine)} now")
 
     def close(self):
         connection, self._connection = self._connection, None

@@ -1505,6 +1505,13 @@ def test_galera_refuses_myisam(galera, run):
     idpot = run(on_cluster(galera, "MyISAM"), wait=False)
     assert idpot.process.wait(10) == 78
     assert idpot.errors() == "idpot: Engine: a Galera node replicates InnoDB only, not MyISAM\n"
+    galera[0].sql("SET GLOBAL wsrep_on = OFF")
+    try:
+        idpot = run(f"[Mysql]\nConnectString = {galera[0].dsn()}\n")
+    finally:
+        galera[0].sql("SET GLOBAL wsrep_on = ON")
+    assert idpot.request("POST", "/pot/create", "name=myisam")[:2] == (
+        503, "a Galera node replicates InnoDB only, not MyISAM\n")
 
 
 @pytest.mark.slow
