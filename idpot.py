@@ -333,7 +333,8 @@ def load_settings(path=None):
         "user": values["username"], "password": values["password"], "database": values["dbname"],
         "hosts": [(values["hostname"], values["port"])], "variables": {}, "tls": "preferred"}
     values.update(admintoken=values["admintoken"] or values["token"], no_token="")
-    return types.SimpleNamespace(**values, path=path, readable=reader.everybody, store=MysqlStore if "mysql" in given else SqliteStore)
+    return types.SimpleNamespace(**values, path=path, readable=reader.everybody,
+                                 store=MysqlStore if "mysql" in given else SqliteStore)
 
 
 # -------------------------------------------------------------------------------------------------- logs
@@ -443,8 +444,9 @@ class Marks:
     """The highest ID given per pot by this server, in memory that forked workers share.
 
     Each worker has two words in a pot's slot, its highest ID and a number that is odd while it has a statement under
-    way. It writes only these, and only from the one thread that serves the pot, so a write needs no lock. A new
-    pot's slot is appended under a file lock, which the kernel frees if its owner dies.
+    way. It writes only these, and only from the one thread that serves the pot, so a write needs no lock. A pot gets
+    its slot with the first ID that is given, so that unknown names take none: that first statement is not noted.
+    A slot is appended under a file lock, which the kernel frees if its owner dies.
     """
     SLOTS = 1 << 20     # sparse: a page is there once it is written
     NAME = 8            # words of a slot that hold the pot's name
@@ -1084,7 +1086,7 @@ class Allocator(Pool):
         except Retry:
             raise
         except IdpotError as error:
-            if error.status == Exhausted.status and len(jobs) > 1:      # some of them may fit
+            if isinstance(error, Exhausted) and len(jobs) > 1:      # some of them may fit
                 for job in jobs:
                     self._take(pot, [job], store)
             else:
@@ -1555,8 +1557,9 @@ class Server(Pool, http.server.ThreadingHTTPServer):
         actions, token = self.ROUTES[request.route]
         action = actions.get("GET" if request.method == "HEAD" else request.method)
         if not action:
-            allowed = ", ".join(["GET", "HEAD", "POST"][0 if "GET" in actions else 2:None if "POST" in actions else 2])
-            raise BadRequest(f"{request.method[:20]} is not allowed here, but {allowed}", 405, f"Allow: {allowed}\r\n".encode())
+            allowed = "GET, HEAD, POST" if "POST" in actions else "GET, HEAD"
+            raise BadRequest(f"{request.method[:20]} is not allowed here, but {allowed}", 405,
+                             f"Allow: {allowed}\r\n".encode())
         token = getattr(self.settings, "token" if action == Server.do_exists else token).encode()
         if token and not hmac.compare_digest(token, request.token):
             raise Unauthorized("the bearer token is wrong" if request.token else "a bearer token is needed")
