@@ -471,8 +471,9 @@ class TestGroups:
         server.next("lone")
         before = self.status(database)
         assert [server.next("lone") for _ in range(20)] == list(range(2, 22))
-        assert self.status(database) == {       # one connection asked for the status
-            **before, "Com_update": before["Com_update"] + 20, "Connections": before["Connections"] + 1}
+        after = self.status(database)
+        assert after["Connections"] - before["Connections"] <= 2    # one asked for the status, one is a further thread's
+        assert after == {**before, "Com_update": before["Com_update"] + 20, "Connections": after["Connections"]}
 
     def test_sixty_requests_that_wait_together_share_a_statement(self, server, database):
         server.create("group")
@@ -908,7 +909,7 @@ def test_fuzzed_requests_cost_no_more_ids_than_were_answered(http_pot, batch):
         answers = [*map(http_answers, pool.map(lambda data: http_exchange(http_pot, data), requests))]
     issued = [id for _, ids in answers for id in ids]
     assert len(set(issued)) == len(issued) == current_p(http_pot) - before
-    assert not re.search("50[034]|Traceback", str([statuses for statuses, _ in answers]) + http_pot.errors())
+    assert not re.search("50[034]", str([statuses for statuses, _ in answers])) and "Traceback" not in http_pot.errors()
 
 
 # ---------------------------------------------------------------- load
