@@ -938,15 +938,16 @@ class Job:
 
 
 class Allocator:
-    """Gathers jobs; all that wait for one pot are served together, by the threads that take() pots and serve() them.
+    """Gathers jobs; all that wait for one pot are served together, by threads that take() a pot and serve() it.
 
     While a pot's statement runs, arrivals gather; the next statement takes the sum of their counts. A pot has one
     thread at most, so a slow pot holds up no other while a thread is free.
     """
 
-    def __init__(self, settings, marks, counters):
+    def __init__(self, settings, marks, counters, stores):
         self._settings, self._marks, self._counters = settings, marks, counters
-        self._lock = threading.Lock()       # guards these three
+        self._lock = threading.Lock()       # guards these four
+        self._stores = stores               # that no thread uses; the one that was used last is the next
         self._jobs = {}                     # pot -> jobs that wait; it is there while a thread has the pot or should
         self._serving = {}                  # pot -> jobs that a thread has taken from there
         self._pots = collections.deque()    # pots that wait for a thread
@@ -962,17 +963,17 @@ class Allocator:
             self._pots.append(pot)
 
     def waiting(self):
-        """Whether pots wait for a thread."""
-        return bool(self._pots) and len(self._serving) < self._settings.store.connections
+        """Whether a pot waits for a thread, and a store for a pot."""
+        return bool(self._pots and self._stores)
 
     def take(self):
-        """The next pot, to be served by the caller; None where none waits, or each connection has one."""
+        """The next pot and a store, for serve(); None where no pot waits, or each store has one."""
         with self._lock:
             if not self.waiting():
                 return None
             pot = self._pots.popleft()
             self._serving[pot], self._jobs[pot] = self._jobs[pot], []
-            return pot
+            return pot, self._stores.pop()
 
     def expire(self):
         """Fails the jobs that have waited too long."""
@@ -984,7 +985,7 @@ class Allocator:
 
     def serve(self, pot, store):
         """Serves the jobs of a pot that was taken."""
-        jobs, start = [job for job in self._serving[pot] if self._wanted(job)], time.perf_counter_ns()
+        jobs = [job for job in self._serving[pot] if self._wanted(job)]
         try:
             self._serve(pot, jobs, store)
         except Retry:
@@ -993,8 +994,8 @@ class Allocator:
             log.exception("pot %s", pot)
             for job in jobs:
                 job.finish(error=IdpotError("internal error"))
-        self._counters.add(time.perf_counter_ns() - start, "idpot_db_seconds_total")
         with self._lock:
+            self._stores.append(store)
             del self._serving[pot]
             if self._jobs[pot]:
                 self._pots.append(pot)      # behind those that wait
@@ -1015,7 +1016,7 @@ class Allocator:
         for job in jobs:
             if not job.count:
                 try:
-                    value = getattr(store, job.call[0])(*job.call[1:])
+                    value = self._timed(getattr(store, job.call[0]), *job.call[1:])
                     if job.call[0] == "raise_to":
                         self._marks.put(pot, value)
                     job.finish(value)
@@ -1024,12 +1025,19 @@ class Allocator:
                         raise
                     job.finish(error=error)
 
+    def _timed(self, call, *arguments):
+        start = time.perf_counter_ns()
+        try:
+            return call(*arguments)
+        finally:
+            self._counters.add(time.perf_counter_ns() - start, "idpot_db_seconds_total")
+
     def _take(self, pot, jobs, store):
         total = sum(job.count for job in jobs)
         self._counters.add(1, "idpot_db_statements_total")
         self._marks.begin(pot)
         try:
-            last = store.take(pot, total, self._marks)
+            last = self._timed(store.take, pot, total, self._marks)
             self._marks.put(pot, last)
         except Retry:
             raise
@@ -1172,7 +1180,7 @@ class Connection:
         self.descriptor, self.events = sock.fileno(), 0
         self.buffer = self.body = self.rest = b""
         self.closing = self.continued = self.discarding = False
-        self.deadline = time.monotonic() + server.settings.idletimeout
+        self.since, self.deadline = 0.0, time.monotonic() + server.settings.idletimeout     # of waiting for the client
 
     def proceed(self):
         """Sends what is left of an answer, or answers one request, or leaves it to the allocator."""
@@ -1182,13 +1190,15 @@ class Connection:
         request = None
         try:
             request = self._read()
-            if request:
-                self.closing = not request.keep or bool(self.server.stopping)
-                self.server.answer(request, self)
-            else:
-                self.server.watch(self, select.EPOLLIN)
+            if not request:
+                raise BlockingIOError
+            self.closing = not request.keep or bool(self.server.stopping)
+            self.server.answer(request, self)
         except BlockingIOError:
-            self.server.watch(self, select.EPOLLIN)
+            if self.deadline:
+                self.server.watch(self, select.EPOLLIN)
+            else:
+                self.close()
         except (OSError, EOFError):     # the client has gone
             self.close()
         except IdpotError as error:
@@ -1274,10 +1284,10 @@ class Connection:
             data = data[self.sock.send(data, socket.MSG_DONTWAIT):]
         except BlockingIOError:
             pass
-        except OSError:     # the client has gone: what it has sent yet is not served
-            data, self.discarding = b"", True
+        except OSError:     # the client has gone: what else it has sent is not served
+            return self.close()
         if data:
-            self.rest = data
+            self.rest = data        # until the client reads
             self.server.watch(self, select.EPOLLOUT)
         elif self.closing:
             self.close()
@@ -1331,81 +1341,78 @@ def digits(value):
 class Server(http.server.ThreadingHTTPServer):
     """The HTTP server: its threads, its limits, and what each route answers.
 
-    Threads are kept and wait for all clients together. One that is told of requests reads them, serves their pots on
-    its own connection to the database, and sends the answers: a lone client's request meets one thread, which takes
-    2 switches of threads instead of 3 (c=1: 1,630/s -> 1,970/s). While it is in the database another one waits.
+    Threads are kept, and two wait for all clients together. One that is told of requests reads them, serves their
+    pots and sends the answers: a lone client's request meets one thread, which takes 2 switches of threads instead of
+    3 (c=1: 1,630/s -> 1,970/s). While a thread is in the database another one waits for clients.
     """
 
-    def __init__(self, settings, listener, allocator, counters, store=None):
+    def __init__(self, settings, listener, allocator, counters):
         super().__init__(listener.getsockname(), None, bind_and_activate=False)
         self.socket.close()
         self.socket, self.unix = listener, listener.family == socket.AF_UNIX
         if not self.unix:
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # connections inherit it
-        self.settings, self.allocator, self.counters, self._store = settings, allocator, counters, store
+        self.settings, self.allocator, self.counters = settings, allocator, counters
         self.access, self.connections = AccessLog(), set()
         self.stopping = 0.0         # when stop() was called
-        self._waiting = {}          # descriptor -> connection that waits for its client; the thread that pops it has it
+        self._waiting = {}          # descriptor -> connection that waits for its client; it is taken from here in turn
         self._resting = 0.0         # when to accept again
         self._rested = False        # whether the next client is accepted in any case
-        self._lock = threading.Lock()       # guards these two
-        self._polling = 0           # threads that wait for events, or are on their way there
-        self._looked = 0.0          # when one of them has last looked for what takes too long
-        self._bell, self._epoll = os.eventfd(0, os.EFD_CLOEXEC), select.epoll()
-        self._epoll.register(self._bell, select.EPOLLIN | select.EPOLLET)       # each time it wakes one thread
+        self._lock = threading.Lock()       # guards these three
+        self.polling = 0            # threads that wait for clients
+        self._spare = 0             # threads that wait to be called
+        self._looked = 0.0          # when one has last looked for what takes too long
+        self._calls = threading.Semaphore(0)
+        self._epoll = select.epoll()
         self._epoll.register(listener, select.EPOLLIN | select.EPOLLONESHOT)
 
     # Threads
 
-    def start(self):
-        """Has one more thread wait for clients."""
+    def call(self):
+        """Has one more thread look for a pot to serve, and then wait for clients."""
         with self._lock:
-            self._polling += 1
+            spare = self._spare > 0
+            self._spare -= spare
+        if spare:
+            return self._calls.release()
         try:
             threading.Thread(target=self.serve_forever, daemon=True).start()
-        except RuntimeError:    # the system has no more: the next that needs one tries again
-            with self._lock:
-                self._polling -= 1
+        except RuntimeError as error:       # the next call tries again
+            log.warning("no thread: %s", error)
 
     def serve_forever(self, poll_interval=0.2):
-        """A thread's loop; it ends when it has had nothing to do for 10 seconds and others wait for clients too."""
-        store = self._store or self.settings.store(self.settings, self.counters)
-        idle = 0
-        while idle < 10 or not self._dismissed():
-            while pot := self.allocator.take():
-                self._serve(pot, store)
-            self._look_at_all(poll_interval)
+        """What each thread does."""
+        while True:
             pause = 0.02 if self.stopping else poll_interval
-            events = self._epoll.poll(max(0, self._resting - time.monotonic()) if self._resting else pause)
-            idle = 0 if events else idle + pause
-            with self.allocator.turn:
-                for descriptor, _ in events:
-                    connection = self._waiting.pop(descriptor, None)
-                    if connection:
-                        connection.proceed()
-                    elif descriptor == self.socket.fileno():
-                        self._handle_request_noblock()      # of socketserver: the three hooks below
-                        self._listen()
-        if not self._store:
-            store.close()
+            self._look_at_all(pause)
+            taken = self.allocator.take()
+            if taken:
+                if not self.polling or self.allocator.waiting():
+                    self.call()
+                self.allocator.serve(*taken)
+                continue
+            with self._lock:
+                surplus = self.polling == 2     # more would take the events from each other
+                self.polling += not surplus
+                self._spare += surplus
+            if surplus:
+                self._calls.acquire()
+            else:
+                self._poll(pause)
 
-    def _dismissed(self):
+    def _poll(self, pause):
+        """Waits for clients, and reads what they send."""
+        events = self._epoll.poll(max(0, self._resting - time.monotonic()) if self._resting else pause)
+        with self.allocator.turn:
+            for descriptor, _ in events:
+                connection = self._waiting.pop(descriptor, None)
+                if connection:
+                    connection.proceed()
+                elif descriptor == self.socket.fileno():
+                    self._handle_request_noblock()      # of socketserver: the three hooks below
+                    self._listen()
         with self._lock:
-            surplus = self._polling > 1
-            self._polling -= surplus
-            return surplus
-
-    def _serve(self, pot, store):
-        with self._lock:
-            self._polling -= 1
-            others = self._polling
-        if not others:
-            self.start()
-        elif self.allocator.waiting():
-            os.eventfd_write(self._bell, 1)
-        self.allocator.serve(pot, store)
-        with self._lock:
-            self._polling += 1
+            self.polling -= 1
 
     # Connections
 
@@ -1424,7 +1431,8 @@ class Server(http.server.ThreadingHTTPServer):
                 raise OSError(errno.EMFILE, "all connections are in use")
             return self.socket.accept()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM) and not self._make_room():
+            scarce = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+            if scarce and not (error.errno == errno.EMFILE and self._make_room()):
                 self._resting = time.monotonic() + 0.05
             raise
 
@@ -1443,12 +1451,13 @@ class Server(http.server.ThreadingHTTPServer):
     def _listen(self):
         """Has a thread told of the next client, unless that is to wait."""
         if not self._resting and not self.stopping:
-            self._epoll.modify(self.socket, select.EPOLLIN | select.EPOLLONESHOT)
+            with contextlib.suppress(OSError, ValueError):      # stopped meanwhile
+                self._epoll.modify(self.socket, select.EPOLLIN | select.EPOLLONESHOT)
 
     def watch(self, connection, events):
         """Leaves the connection to the thread that will be told of one of the events."""
         tell = self._epoll.modify if connection.events else self._epoll.register
-        connection.events = events
+        connection.events, connection.since = events, time.monotonic()
         self._waiting[connection.descriptor] = connection
         try:
             tell(connection.descriptor, events | select.EPOLLONESHOT)
@@ -1462,42 +1471,47 @@ class Server(http.server.ThreadingHTTPServer):
             self._resting, self._rested = 0.0, True
             self._listen()
         with self._lock:
-            if now < self._looked + (0.02 if self.stopping else interval):
+            if now < self._looked + interval:
                 return
             self._looked = now
         self.counters.set(int(now), "heartbeat")
+        self.count_connections()
         self.allocator.expire()
-        for connection in list(self._waiting.values()):
-            if now > self._end_of(connection):
-                self._end(connection)
+        with self.allocator.turn:
+            for connection in list(self._waiting.values()):
+                if now > self._end_of(connection):
+                    self._end(connection)
 
     def _end_of(self, connection):
         """The time to end a connection. At a stop it is silent for half a second first: a request may be on its way."""
         if not self.stopping or connection.rest or connection.discarding:
             return connection.deadline
-        if connection.buffer:
-            return self.stopping + 1
-        return connection.deadline - self.settings.idletimeout + 0.5
+        return self.stopping + 1 if connection.buffer else connection.since + 0.5
 
     def _end(self, connection):
-        """Ends a connection that waits: with 408 where it waits for half a request (RFC 9110, 15.5.9).
+        """Ends a connection that waits, unless a request has come: with 408 for half of one (RFC 9110, 15.5.9).
 
-        Returns False where another thread has it by now.
+        Returns whether it is closed by now.
         """
-        claimed = self._waiting.pop(connection.descriptor, None)
-        if claimed is not connection:
-            if claimed:     # that has its descriptor since a moment ago
-                self.watch(claimed, select.EPOLLIN | select.EPOLLOUT)
+        if self._waiting.get(connection.descriptor) is not connection:
             return False
+        del self._waiting[connection.descriptor]
         connection.deadline = 0
-        if connection.buffer and connection.events == select.EPOLLIN:
+        if connection.events == select.EPOLLIN:
             connection.proceed()
-        else:
+        else:       # it does not read its answers
             connection.close()
-        return True
+        return connection not in self.connections
 
     def _make_room(self):
-        return any(self._end(connection) for connection in list(self._waiting.values()) if not connection.rest)
+        """Ends the connection that has been silent longest; returns whether there was one."""
+        silent = time.monotonic() - 0.1
+        for connection in list(self._waiting.values()):
+            if connection.since < silent and not connection.rest:
+                connection.closing = True
+                if self._end(connection):
+                    return True
+        return False
 
     def stop(self):
         """Stops accepting, after what waits in the backlog; every answer from now on closes its connection."""
@@ -1752,12 +1766,13 @@ class Service:
     def serve(self, parent=None):
         """Serves in this process until a stop signal, or until the parent, if one is given, is gone."""
         alone = self.settings.workers == 1
-        kept = self.store if self.store.connections == 1 else None
-        server = Server(self.settings, self.listener, Allocator(self.settings, self.marks, self.counters),
-                        self.counters, kept)
-        server.start()
+        settings, counters = self.settings, self.counters
+        stores = [settings.store(settings, counters) for _ in range(self.store.connections - 1)]
+        server = Server(settings, self.listener, Allocator(settings, self.marks, counters, [*stores, self.store]), counters)
         number = None
         while number not in STOP and parent in (None, os.getppid()):
+            if not server.polling:      # at first, or when the system had no thread to spare
+                server.call()
             number = getattr(signal.sigtimedwait(SIGNALS, 0.2), "si_signo", None)
             server.access.flush()
             self.tend(number, alone)
@@ -1767,8 +1782,8 @@ class Service:
             if signal.sigtimedwait(STOP, 0.02) and alone:     # a second one stops at once
                 break
         server.access.flush()
-        if kept and not server.connections:
-            kept.close()        # folds the journal into the file
+        if not stores and not server.connections:
+            self.store.close()      # folds SQLite's journal into the file
 
     def tend(self, number, manager):
         """Does what a signal, or a moment without one, asks for; the process that systemd knows is the manager."""
