@@ -1035,6 +1035,16 @@ def test_2000_short_connections_in_a_row_and_ab_with_200_at_once(run):
     assert "Traceback" not in server.errors()
 
 
+def test_at_the_limit_newcomers_wait_and_no_busy_client_is_cut_off(run):
+    server = run("[Server]\nMaxConnections = 8\n")
+    server.create("p")
+    with ThreadPoolExecutor(30) as pool:
+        answers = [*pool.map(lambda _: http_answers(http_exchange(server, GOOD * 100)), range(30))]
+    assert {statuses for statuses, _ in answers} == {",".join(["200"] * 100)}
+    assert sorted(int(id) for _, ids in answers for id in ids) == list(range(1, 3001))
+    assert all(ids == sorted(ids, key=int) for _, ids in answers)
+
+
 def test_out_of_descriptors_it_waits_without_spinning_and_then_serves_again(run):
     server = run()
     server.create("p")
@@ -1663,6 +1673,25 @@ def test_workers_share_the_work_a_killed_one_is_replaced_and_all_end(workers, en
         f"worker 0 (pid {before[0]}) has ended; it is replaced in 0.2 s"]
     assert server.stop(end) == code
     wait_until(lambda: gone(now) and refused(server.port), 5)
+
+
+def test_workers_share_the_connections(mysql, run):
+    server = run(mysql("Workers = 2"))
+    server.create("p")
+    files = [len(os.listdir(f"/proc/{pid}/fd")) for pid in workers_of(server, 2)]
+    with connections(server, 40, GOOD) as clients:
+        assert [client.recv(9999)[:12] for client in clients] == [b"HTTP/1.1 200"] * 40
+        shares = [len(os.listdir(f"/proc/{pid}/fd")) - before
+                  for pid, before in zip(workers_of(server, 2), files)]
+        assert min(shares) >= 12, shares
+
+
+def test_a_health_check_is_not_misled_by_a_connection_that_was_lost_unused(mysql, run, database):
+    server = run(mysql())
+    for _ in range(3):
+        assert server.request("GET", "/healthz")[:2] == (200, "ok")
+        for (pid,) in database.sql("SELECT id FROM information_schema.processlist WHERE user = 'least'"):
+            database.sql(f"KILL {pid}")
 
 
 def test_metrics_are_sums_over_the_workers_go_up_and_please_promtool(mysql, run, database):
