@@ -1849,7 +1849,7 @@ def test_logs_are_moved_and_reopened_at_sighup_without_losing_a_line(mysql, run)
             os.rename(log, path)
             load.more(20)
             server.process.send_signal(signal.SIGHUP)
-            wait_until(lambda: f"-> {path}\n" not in subprocess.run(
+            wait_until(lambda: os.path.exists(log) and f"-> {path}\n" not in subprocess.run(
                 ["ls", "-l", *(f"/proc/{pid}/fd" for pid in pids)], capture_output=True, text=True).stdout)
         load.more()
     assert server.stop() == 0 and os.readlink(f"{server.folder}/newest") == "access"

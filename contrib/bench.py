@@ -1,6 +1,7 @@
 """idpot's speed beside the limits of the machine it runs on.
 
     python3 contrib/bench.py [--rounds 5] [--seconds 3] [--only 'myisam*,direct*'] [--json FILE] [--svg FILE]
+                             [--python PROGRAM]
 
 Starts a MariaDB of its own and idpot servers over it, drives them with wrk and ab, and ends them all. Each round
 runs every case once, every second round backwards, so that the machine's drift meets all cases alike. A figure is
@@ -8,6 +9,7 @@ the median of the rounds (max, failed: the worst); a ratio is the median of the 
 
 The ceiling is the same idpot over a counter in memory. The direct loop is one client that does idpot's UPDATE on a
 mysql-connector connection of its own, without HTTP. But for the cases that say so the access log is on, on disk.
+--python names another Python, which needs mysql-connector-python too, for the cases that say so.
 """
 
 import argparse
@@ -90,8 +92,8 @@ class Bench:
               latency:percentile(99.9) / 1e3, latency.max / 1e3, e.connect + e.read + e.write + e.status + e.timeout))
         end"""
 
-    def __init__(self, stack, folder, seconds, cases):
-        self.stack, self.folder, self.seconds = stack, folder, seconds
+    def __init__(self, stack, folder, seconds, cases, python):
+        self.stack, self.folder, self.seconds, self.python = stack, folder, seconds, python
         (folder / "wrk.lua").write_text(self.WRK_SCRIPT)
         self.start_mariadb(folder / "mariadb")
         self.idpots = {name: self.start_idpot(name, max(case.pots for case in cases if case.server == name))
@@ -118,7 +120,8 @@ class Bench:
         folder.mkdir()
         (folder / "idpot.cfg").write_text("[Server]\nLogFile = access.log\n" + settings.format(port=self.port))
         program = f"import sys\nsys.path.insert(0, {str(IDPOT)!r})\nimport idpot\n{patch}\nsys.exit(idpot.main())"
-        idpot = Group(self.stack, [sys.executable, "-Bc", program, "--config=idpot.cfg", "--listen=127.0.0.1:0"],
+        python = self.python if name == "python" else sys.executable
+        idpot = Group(self.stack, [python, "-Bc", program, "--config=idpot.cfg", "--listen=127.0.0.1:0"],
                       folder, r"(?<=listening on )http://[^\s/]+:\d+")
         for pot in range(pots):
             urllib.request.urlopen(f"{idpot.found}/pot/create", f"name={name}{pot}".encode()).close()
@@ -193,6 +196,7 @@ SERVERS = {  # name: title, settings, what is replaced in idpot, clients of wrk 
     "workers": ("MyISAM, Workers=2", "Workers = 2\n" + MYISAM, "", (64,), (10,)),
     "myisam": ("MyISAM", MYISAM, "", (1, 10, 16, 64, 256), (1, 10)),
     "nolog": ("MyISAM, no access log", MYISAM, "idpot.AccessLog.add = lambda self, *fields: None", (1, 64), ()),
+    "python": ("MyISAM, other Python", MYISAM, "", (1, 64), (10,)),
     "innodb": ("InnoDB", MYISAM.replace("MyISAM", "InnoDB"), "", (1, 64), ()),
     "sqlite": ("SQLite", SQLITE, "", (1, 64), ()),
     "idle": ("idle server", MYISAM, "", (), ()),
@@ -299,17 +303,19 @@ def main():
     parser.add_argument("--only", default="*", help="names or patterns of: " + " ".join(case.name for case in CASES))
     parser.add_argument("--json", help="file for all samples")
     parser.add_argument("--svg", help="file for a chart")
+    parser.add_argument("--python", help="another Python to run idpot with as well")
     options = parser.parse_args()
     os.environ["PATH"] += ":/usr/sbin"  # where Debian has mariadbd
     for program, package in PACKAGES.items():
         if not shutil.which(program):
             sys.exit(f"bench: {program} is missing: apt-get install {package}")
-    cases = [case for case in CASES if any(fnmatch.fnmatch(case.name, name) for name in options.only.split(","))]
+    cases = [case for case in CASES if any(fnmatch.fnmatch(case.name, name) for name in options.only.split(","))
+             and (case.server != "python" or options.python)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     samples = {case.name: [] for case in cases}
     # not /tmp: where that is memory, InnoDB and SQLite look faster than a disk lets them be
     with tempfile.TemporaryDirectory(prefix="idpot-bench-", dir="/var/tmp") as folder, contextlib.ExitStack() as stack:
-        bench = Bench(stack, Path(folder), options.seconds, cases)
+        bench = Bench(stack, Path(folder), options.seconds, cases, options.python)
         for turn in range(options.rounds):
             print(f"round {turn + 1} of {options.rounds}", file=sys.stderr)
             for case in cases[::-1] if turn % 2 else cases:
@@ -318,7 +324,8 @@ def main():
         machine = (f"{len(os.sched_getaffinity(0))} cores of {model[1] if model else os.uname().machine}, Linux "
                    f"{os.uname().release}, {output(f'stat -fc%T {folder}').strip()}, {options.rounds} rounds\n"
                    f"Python {sys.version.split()[0]}, MariaDB {output('mariadbd --version').split()[2]}, "
-                   f"mysql-connector-python {metadata.version('mysql-connector-python')}")
+                   f"mysql-connector-python {metadata.version('mysql-connector-python')}"
+                   + (f"; other Python: {output(f'{options.python} --version').split()[1]}" if options.python else ""))
     report = [machine, *table(cases, samples)]
     print(*report, sep="\n")
     everything = json.dumps({"report": report, "samples": samples}, indent=1)
