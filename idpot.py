@@ -859,7 +859,9 @@ class MysqlStore:
             if not self._select(connection, f"SELECT GET_LOCK('pot_{pot}', {self._lock_wait})")[0][0]:
                 raise Retry(f"another create of pot {shown(pot)} takes too long")
             try:
-                self._create_table(connection, pot)
+                key = " PRIMARY KEY" if self._engine.lower() == "innodb" else ""    # Galera, Group Replication need one
+                connection.cmd_query(f"CREATE TABLE IF NOT EXISTS `pot_{pot}` (id BIGINT UNSIGNED NOT NULL{key}) "
+                                     f"ENGINE={self._engine}")
                 empty = not self._select(connection, f"SELECT id FROM `pot_{pot}` LIMIT 1")
                 if empty:
                     connection.cmd_query(f"INSERT INTO `pot_{pot}` (id) VALUES ({low})")
@@ -869,14 +871,6 @@ class MysqlStore:
                 raise
         if not empty:
             raise Exists(f"pot {shown(pot)} exists")
-
-    def _create_table(self, connection, pot):
-        key = " PRIMARY KEY" if self._engine.lower() == "innodb" else ""    # Galera and Group Replication need one
-        try:
-            connection.cmd_query(f"CREATE TABLE `pot_{pot}` (id BIGINT UNSIGNED NOT NULL{key}) ENGINE={self._engine}")
-        except self._driver.Error as error:
-            if error.errno != 1050:     # table exists
-                raise
 
     def raise_to(self, pot, low):
         return self._update(pot, f"LAST_INSERT_ID(GREATEST(id, CAST({low} AS UNSIGNED)))")
@@ -896,15 +890,6 @@ class MysqlStore:
         return [(pots[0], "-")] if len(pots) == 1 else [row for pot in pots for row in self._currents([pot])]
 
     def check(self):
-        kept = self._connection
-        try:
-            self._check()
-        except Retry:
-            if not kept:
-                raise
-            self._check()       # the kept connection may have been lost while this thread did not use it
-
-    def _check(self):
         with self._connected() as connection:
             self._check_writable(connection)
             if not self._has_engine(connection):
@@ -1025,7 +1010,8 @@ class Allocator:
                         self._marks.put(pot, value)
                     job.finish(value)
                 except IdpotError as error:
-                    if isinstance(error, Retry) and job.call != ("check",):     # a probe is told at once
+                    # A probe is told at once, but the store's connection may have been lost while nobody used it.
+                    if isinstance(error, Retry) and (job.call != ("check",) or not job.tries):
                         raise
                     job.finish(error=error)
 
@@ -1362,27 +1348,21 @@ class Server(http.server.ThreadingHTTPServer):
         self._waiting = {}          # descriptor -> connection that waits for its client; it is taken from here in turn
         self._resting = 0.0         # when to accept again
         self._rested = False        # whether the next client is accepted in any case
-        self._lock = threading.Lock()       # guards these three
-        self.polling = 0            # threads that wait for clients
-        self._spare = 0             # threads that wait to be called
+        self._idle = threading.Condition()      # guards these two; a thread that nobody needs waits for it
+        self._polling = 0           # threads that wait for clients
         self._looked = 0.0          # when one has last looked for what takes too long
-        self._calls = threading.Semaphore(0)
         self._epoll = select.epoll()
         self._epoll.register(listener, select.EPOLLIN | select.EPOLLONESHOT)
 
     # Threads
 
-    def call(self):
-        """Has one more thread look for a pot to serve, and then wait for clients."""
-        with self._lock:
-            spare = self._spare > 0
-            self._spare -= spare
-        if spare:
-            return self._calls.release()
+    def start(self):
+        """Starts the threads: one for each connection to the database, and two to wait for clients."""
         try:
-            threading.Thread(target=self.serve_forever, daemon=True).start()
-        except RuntimeError as error:       # the next call tries again
-            log.warning("no thread: %s", error)
+            for _ in range(self.settings.store.connections + 2):
+                threading.Thread(target=self.serve_forever, daemon=True).start()
+        except RuntimeError as error:
+            raise StartError(str(error))
 
     def serve_forever(self, poll_interval=0.2):
         """What each thread does."""
@@ -1391,17 +1371,18 @@ class Server(http.server.ThreadingHTTPServer):
             self._look_at_all(pause)
             taken = self.allocator.take()
             if taken:
-                if not self.polling or self.allocator.waiting():
-                    self.call()
+                if not self._polling or self.allocator.waiting():
+                    with self._idle:
+                        self._idle.notify()
                 self.allocator.serve(*taken)
                 continue
-            with self._lock:
-                surplus = self.polling == 2     # more would take the events from each other
-                self.polling += not surplus
-                self._spare += surplus
-            if surplus:
-                self._calls.acquire()
-            else:
+            with self._idle:
+                surplus = self._polling == 2    # more would take the events from each other
+                if not surplus:
+                    self._polling += 1
+                elif not self.allocator.waiting():
+                    self._idle.wait()
+            if not surplus:
                 self._poll(pause)
 
     def _poll(self, pause):
@@ -1415,8 +1396,8 @@ class Server(http.server.ThreadingHTTPServer):
                 elif descriptor == self.socket.fileno():
                     self._handle_request_noblock()      # of socketserver: the three hooks below
                     self._listen()
-        with self._lock:
-            self.polling -= 1
+        with self._idle:
+            self._polling -= 1
 
     # Connections
 
@@ -1474,7 +1455,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self._resting and now >= self._resting:
             self._resting, self._rested = 0.0, True
             self._listen()
-        with self._lock:
+        with self._idle:
             if now < self._looked + interval:
                 return
             self._looked = now
@@ -1604,10 +1585,6 @@ class Server(http.server.ThreadingHTTPServer):
 
 # ------------------------------------------------------------------------------------------------ client
 
-def quote(pot):
-    return urllib.parse.quote(pot, safe="")
-
-
 class Client:
     """A client of an idpot server at a URL, over one connection that is kept; for one thread at a time.
 
@@ -1623,58 +1600,50 @@ class Client:
 
     def create(self, pot, min=0):
         """Creates the pot; its first ID is min + 1."""
-        self._request("POST", "/pot/create", name=pot, min=min)
+        self._request("POST", "pot", "create", name=pot, min=min)
 
     def exists(self, pot):
         try:
-            self._request("GET", f"/pot/{quote(pot)}")
+            self._request("GET", "pot", pot)
             return True
         except NotFound:
             return False
 
     def current(self, pot):
         """Returns the ID that was given last, or min."""
-        return int(self._request("GET", f"/id/{quote(pot)}"))
+        return int(self._request("GET", "id", pot))
 
     def next(self, pot):
         """Returns a new ID."""
-        return int(self._request("POST", f"/id/{quote(pot)}"))
+        return int(self._request("POST", "id", pot))
 
     def next_many(self, pot, count):
         """Returns a range of count (1..10000) new IDs."""
-        first = int(self._request("POST", f"/id/{quote(pot)}", count=count).split(None, 1)[0])
+        first = int(self._request("POST", "id", pot, count=count).split(None, 1)[0])
         return range(first, first + count)
 
     def raise_to(self, pot, min):
         """Raises the counter to min unless it is higher; returns the counter."""
-        return int(self._request("POST", "/pot/raise", name=pot, min=min))
+        return int(self._request("POST", "pot", "raise", name=pot, min=min))
 
-    def _request(self, method, path, **fields):
-        connection = self._connection
-        if connection.sock:
-            poll = select.poll()
-            poll.register(connection.sock, select.POLLIN)
-            if poll.poll(0):
-                connection.close()      # the server has ended it meanwhile: nothing is lost by a new one
-        kept = connection.sock is not None
+    def _request(self, method, *path, **fields):
+        connection, kept = self._connection, self._connection.sock is not None
+        target = "/".join([self._prefix, *(urllib.parse.quote(part, safe="") for part in path)])
         body = urllib.parse.urlencode(fields) if fields else None
         headers = {**self._headers, "Content-Type": FORM.decode()} if body else self._headers
         try:
-            connection.request(method, self._prefix + path, body, headers)
+            connection.request(method, target, body, headers)
             answer = connection.getresponse()
             text = answer.read().decode()
-        except ConnectionError:
-            connection.close()
-            if not kept:
-                raise
-            return self._request(method, path, **fields)    # ended while the request was on its way
         except (OSError, http.client.HTTPException) as error:
             connection.close()
+            if kept and isinstance(error, ConnectionError):     # the server had ended it, after a time without requests
+                return self._request(method, *path, **fields)
             raise error if isinstance(error, OSError) else ConnectionError(f"half an answer: {error!r}") from error
         if answer.status < 300:
             return text
         errors = {400: BadRequest, 401: Unauthorized, 404: NotFound, 503: Unavailable,
-                  409: Exists if path == "/pot/create" else Exhausted}
+                  409: Exists if path == ("pot", "create") else Exhausted}
         raise errors.get(answer.status, IdpotError)(text.strip())
 
     def close(self):
@@ -1738,7 +1707,7 @@ class Service:
     """A server as a whole: settings, listener, counters and marks, and the signals; in one process or several."""
 
     def __init__(self, settings):
-        self.settings = settings
+        self.settings, self.first = settings, os.getpid()
         self.lines = open_logs(settings)
         self.counters, self.marks = Counters(settings.workers), Marks(settings.workers)
         self.store = settings.store(settings, self.counters)
@@ -1767,59 +1736,40 @@ class Service:
             self.supervise()
         log.info("stopped")
 
-    def serve(self, parent=None):
-        """Serves in this process until a stop signal, or until the parent, if one is given, is gone."""
-        alone = self.settings.workers == 1
-        settings, counters = self.settings, self.counters
+    def serve(self):
+        """Serves in this process until a stop signal, or until the first process is gone."""
+        settings, counters, number = self.settings, self.counters, None
         stores = [settings.store(settings, counters) for _ in range(self.store.connections - 1)]
         server = Server(settings, self.listener, Allocator(settings, self.marks, counters, [*stores, self.store]), counters)
-        number = None
-        while number not in STOP and parent in (None, os.getppid()):
-            if not server.polling:      # at first, or when the system had no thread to spare
-                server.call()
+        server.start()
+        while number not in STOP and self.first in (os.getpid(), os.getppid()):
             number = getattr(signal.sigtimedwait(SIGNALS, 0.2), "si_signo", None)
             server.access.flush()
-            self.tend(number, alone)
+            self.tend(number)
         server.stop()
-        start = time.monotonic()
-        while server.connections and time.monotonic() < start + self.settings.timeout:
-            if signal.sigtimedwait(STOP, 0.02) and alone:     # a second one stops at once
+        end = time.monotonic() + settings.timeout
+        while server.connections and time.monotonic() < end:
+            if signal.sigtimedwait(STOP, 0.02) and settings.workers == 1:       # a second one stops at once
                 break
         server.access.flush()
         if not stores and not server.connections:
             self.store.close()      # folds SQLite's journal into the file
 
-    def tend(self, number, manager):
-        """Does what a signal, or a moment without one, asks for; the process that systemd knows is the manager."""
-        notes = {signal.SIGHUP: f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}",
-                 **dict.fromkeys(STOP, "STOPPING=1")}
-        if manager and number in notes:
-            notify(notes[number])
-        if number == signal.SIGHUP:
-            if self.settings.logfile:
-                self.lines.reopen()
-            if manager:
-                notify("READY=1")
-        if manager and "WATCHDOG_USEC" in os.environ and min(self.counters.rows("heartbeat")) > time.monotonic() - 5:
-            notify("WATCHDOG=1")    # only while each process waits for clients
-
     def supervise(self):
         """Keeps settings.workers processes running until a stop signal, and then until they have ended."""
-        pids, stopping = {}, False                          # pid -> worker
-        due = dict.fromkeys(range(self.settings.workers), 0.0)      # worker -> time to start it
-        delays = dict.fromkeys(due, 0.1)                    # worker -> seconds before it is replaced
-        started = {}
+        pids, stopping = {}, False                      # pid -> worker
+        starts = [0.0] * self.settings.workers          # when each was started, or is to be
+        delays = [0.1] * self.settings.workers          # seconds before it is replaced
         while pids or not stopping:
             now = time.monotonic()
-            for worker in [worker for worker, moment in due.items() if moment <= now and not stopping]:
-                try:
-                    pids[self.fork(worker)] = worker
-                except OSError as error:        # the system has no more processes
-                    log.error("worker %d cannot be started: %s", worker, error)
-                    due[worker] = now + 1
-                    continue
-                del due[worker]
-                started[worker] = now
+            for worker, start in enumerate(starts):
+                if start <= now and not stopping and worker not in pids.values():
+                    starts[worker] = now
+                    try:
+                        pids[self.fork(worker)] = worker
+                    except OSError as error:        # the system has no more processes
+                        log.error("worker %d cannot be started: %s", worker, error)
+                        starts[worker] = now + 1
             number = getattr(signal.sigtimedwait(SIGNALS, 0.2), "si_signo", None)
             if number in (*STOP, signal.SIGHUP):
                 for pid in pids:    # workers do not count stop signals: systemd and Ctrl-C send them to all processes
@@ -1827,31 +1777,37 @@ class Service:
             if number in STOP:
                 stopping = True
                 self.listener.close()
-            self.tend(number, True)
+            self.tend(number)
             for pid in [pid for pid in pids if os.waitpid(pid, os.WNOHANG)[0]]:
                 worker = pids.pop(pid)
-                delays[worker] = 0.1 if now - started[worker] > 10 else min(30, 2 * delays[worker])
-                due[worker] = now + delays[worker]
+                delays[worker] = 0.1 if now - starts[worker] > 10 else min(30, 2 * delays[worker])
+                starts[worker] = now + delays[worker]
                 if not stopping:
                     log.error("worker %d (pid %d) has ended; it is replaced in %.1f s", worker, pid, delays[worker])
 
     def fork(self, worker):
         """Starts a worker process and returns its pid; the worker itself ends here."""
-        parent, pid = os.getpid(), os.fork()
+        pid = os.fork()
         if pid:
             return pid
         self.marks.column = worker
         self.counters.use_row(worker)
-        self.serve(parent)
+        self.serve()
         sys.exit()
 
-
-def raise_descriptor_limit(wanted):
-    """Lets MaxConnections fit into this process's limit of open files, as far as that is allowed."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < wanted:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    def tend(self, number):
+        """Does what a signal, or a moment without one, asks of each process; systemd knows the first one only."""
+        if number == signal.SIGHUP and self.settings.logfile:
+            self.lines.reopen()
+        if os.getpid() != self.first:
+            return
+        if number == signal.SIGHUP:
+            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            notify("READY=1")
+        elif number in STOP:
+            notify("STOPPING=1")
+        if "WATCHDOG_USEC" in os.environ and min(self.counters.rows("heartbeat")) > time.monotonic() - 5:
+            notify("WATCHDOG=1")    # only while each process waits for clients
 
 
 def main(argv=None):
@@ -1874,7 +1830,8 @@ def main(argv=None):
             open_logs(settings)
             print(f"idpot: the settings are valid, {settings.store(settings, Counters(1)).start()} is reached")
             return 0
-        raise_descriptor_limit(settings.maxconnections + 100)
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))      # the soft limit of 1024 is for select(2)
         Service(settings).run()
         return 0
     except StartError as error:
