@@ -116,7 +116,7 @@ class StartError(IdpotError):
     exit_code = 1
 
 
-class SettingsError(StartError):
+class SettingsError(StartError, argparse.ArgumentTypeError):
     """A setting is wrong, so that starting again cannot help."""
     exit_code = 78      # EX_CONFIG of sysexits.h
 
@@ -346,18 +346,17 @@ class StrftimeFileHandler(logging.Handler):
     def __init__(self, pattern, link="", clock=time.time):
         super().__init__()
         self.pattern, self.link, self.clock = pattern, link, clock
-        self.path = self.file = None
+        self.path = self.file = None        # the path is None while no file is open
         self.failed = self.torn = False     # whether the last write failed, and after half a line
         self._open()
 
     def _open(self):
         """Opens the file of this moment unless it is open."""
         path = time.strftime(self.pattern, time.localtime(self.clock()))
-        if self.file is not None and path == self.path:
+        if path == self.path:
             return
         self.reopen()
-        self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        self.path = path
+        self.file, self.path = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640), path
         if self.link:
             if os.path.lexists(self.link) and not os.path.islink(self.link):
                 raise OSError(errno.EEXIST, "LogLinkName is there and is not a symlink", self.link)
@@ -381,9 +380,9 @@ class StrftimeFileHandler(logging.Handler):
     def reopen(self):
         """Closes the file; the next record opens it anew, after logrotate has moved it."""
         with self.lock:
-            file, self.file = self.file, None
-            if file is not None:
-                os.close(file)
+            if self.path is not None:
+                self.path = None
+                os.close(self.file)
 
 
 class AccessLog:
@@ -391,24 +390,20 @@ class AccessLog:
 
     When the disk hangs, the newest lines are kept, up to a limit.
     """
-    MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()     # strftime's %b follows the locale
     UNSAFE = re.compile(rb'["\\\x00-\x1f\x7f-\xff]')
 
     def __init__(self):
         self._lines = collections.deque(maxlen=200000)
-        self._second, self._time, self.date = 0, "", b""
 
-    def tick(self):
-        """Sets the log's time and `date`, the Date header's (RFC 9110, 6.6.1), when a new second has begun."""
-        now = int(time.time())
-        if now != self._second:
-            local = time.localtime(now)
-            self._time = time.strftime(f"%d/{self.MONTHS[local.tm_mon - 1]}/%Y:%H:%M:%S %z", local)
-            self.date = email.utils.formatdate(now, usegmt=True).encode()
-            self._second = now
+    @staticmethod
+    @functools.lru_cache(maxsize=1)
+    def times(second):
+        """The log's time, and the Date header's (RFC 9110, 6.6.1)."""
+        return (time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(second)),
+                email.utils.formatdate(second, usegmt=True).encode())
 
-    def add(self, host, line, status, size, tail):
-        self._lines.append(f'{host} - - [{self._time}] "{line}" {status} {size or "-"} {tail}')
+    def add(self, host, moment, line, status, size, tail):
+        self._lines.append(f'{host} - - [{moment}] "{line}" {status} {size or "-"} {tail}')
 
     def flush(self):
         lines = [self._lines.popleft() for _ in range(len(self._lines))]
@@ -450,7 +445,7 @@ class Marks:
     NAME = 8            # words of a slot that hold the pot's name
 
     def __init__(self, workers):
-        self._workers, self._stride, self.column = workers, self.NAME + 2 * workers, 0
+        self._workers, self._stride, self.worker = workers, self.NAME + 2 * workers, 0
         self._file = os.memfd_create("idpot")
         os.ftruncate(self._file, 8 * (1 + self.SLOTS * self._stride))
         self._bytes = mmap.mmap(self._file, 0)
@@ -464,20 +459,20 @@ class Marks:
 
     def put(self, pot, last):
         at = self._known.get(pot) or self._find(pot) or self._append(pot)
-        if last > self._words[at + self.column]:
-            self._words[at + self.column] = last
+        if last > self._words[at + self.worker]:
+            self._words[at + self.worker] = last
 
     def begin(self, pot):
         """Notes that a statement on the pot is under way, until end()."""
         at = self._known.get(pot) or self._find(pot)
         if at:
-            at += self._workers + self.column
+            at += self._workers + self.worker
             self._words[at] = self._words[at] + 1 | 1
 
     def end(self, pot):
         at = self._known.get(pot)
         if at:
-            at += self._workers + self.column
+            at += self._workers + self.worker
             self._words[at] += self._words[at] & 1
 
     def settled(self, pot, patience):
@@ -517,8 +512,11 @@ class Marks:
 
 METHODS = ("GET", "HEAD", "POST", "other")
 STATUSES = (200, 201, 204, 400, 401, 404, 405, 408, 409, 413, 414, 415, 417, 431, 500, 501, 503, 505)
-ERRNOS = (1021, 1040, 1044, 1045, 1047, 1053, 1114, 1142, 1180, 1205, 1213, 1290, 1317, 1836, 1927, 1969,
-          2002, 2003, 2006, 2013, 2055, 3024, 4031, "other")
+# MySQL's errors that a new connection or a moment may mend: 1047, 1180, 1205 and 1213 of Galera and locks; 1290, 1792
+# and 1836 of a server that became read-only; 2xxx, 3024 and -1 of a connection that is lost or too slow.
+RETRY = (-1, 1020, 1021, 1040, 1047, 1053, 1114, 1129, 1152, 1158, 1159, 1160, 1161, 1180, 1194, 1195, 1203, 1205, 1213,
+         1290, 1317, 1792, 1836, 1927, 1969, 2002, 2003, 2005, 2006, 2013, 2055, 3024, 3100, 3101, 4031)
+ERRNOS = (*RETRY, 1044, 1045, 1142, "other")
 ROUTES = ("/id/{pot}", "/pot/{pot}", "/pot/create", "/pot/raise", "/pot", "/healthz", "/metrics", "other")
 METRICS = {     # name -> (help, label names, all label values)
     "idpot_http_requests_total": ("Requests answered.", ("route", "method", "code"),
@@ -538,25 +536,20 @@ class Counters:
         [("heartbeat",), *((name, *labels) for name, metric in METRICS.items() for labels in metric[2])])}
 
     def __init__(self, workers):
-        self._all = memoryview(mmap.mmap(-1, 8 * workers * len(self.INDEX))).cast("Q")
-        self._lock = threading.Lock()
+        self._words = memoryview(mmap.mmap(-1, 8 * workers * len(self.INDEX))).cast("Q", (workers, len(self.INDEX)))
+        self._lock, self._workers, self.worker = threading.Lock(), workers, 0
         self.started = time.time()
-        self.use_row(0)
-
-    def use_row(self, worker):
-        """From here on this process counts as that worker."""
-        self._row = self._all[worker * len(self.INDEX):(worker + 1) * len(self.INDEX)]
 
     def add(self, amount, *key):
         with self._lock:
-            self._row[self.INDEX[key]] += amount
+            self._words[self.worker, self.INDEX[key]] += amount
 
     def set(self, amount, *key):
-        self._row[self.INDEX[key]] = amount
+        self._words[self.worker, self.INDEX[key]] = amount
 
     def rows(self, *key):
         """The number of each worker."""
-        return self._all[self.INDEX[key]::len(self.INDEX)].tolist()
+        return [self._words[worker, self.INDEX[key]] for worker in range(self._workers)]
 
     def text(self, backend):
         """The Prometheus text format, version 0.0.4; a series with labels appears when it has counted."""
@@ -661,11 +654,6 @@ class MysqlStore:
     backend = "mysql"
     connections = 8     # so many slow pots do not hold up the others; MySQL allows 151 connections by default
 
-    # Errors that a new connection or a moment may mend: 1047, 1180, 1205 and 1213 of Galera and locks; 1290, 1792
-    # and 1836 of a server that became read-only; 2xxx, 3024 and -1 of a connection that is lost or too slow.
-    RETRY = frozenset((-1, 1020, 1021, 1040, 1047, 1053, 1114, 1129, 1152, 1158, 1159, 1160, 1161, 1180, 1194, 1195,
-                       1203, 1205, 1213, 1290, 1317, 1792, 1836, 1927, 1969, 2002, 2003, 2005, 2006, 2013, 2055,
-                       3024, 3100, 3101, 4031))
     NOT_REPLICATED = "a Galera node replicates InnoDB only, not {}"
 
     def __init__(self, settings, counters):
@@ -807,7 +795,7 @@ class MysqlStore:
             if self._trouble != error.errno:
                 self._trouble = error.errno
                 log.warning("MySQL %s: %s", self._where, error)
-            kind = Retry if error.errno in self.RETRY else Unavailable
+            kind = Retry if error.errno in RETRY else Unavailable
             raise kind(f"the database cannot serve this now (error {error.errno})")
         finally:
             if not sound:
@@ -1257,8 +1245,8 @@ class Connection:
         """Logs, counts and sends the answer in one piece."""
         server, method = self.server, request.method if request.method in METHODS else "other"
         sent = b"" if request.method == "HEAD" else body
-        server.access.tick()
-        server.access.add(self.host, request.line, status, len(sent), request.tail)
+        moment, date = server.access.times(int(time.time()))
+        server.access.add(self.host, moment, request.line, status, len(sent), request.tail)
         server.counters.add(1, "idpot_http_requests_total", request.route, method, status)
         if status != 204:       # RFC 9110, 8.6
             headers += b"%sContent-Length: %d\r\n" % (b"" if headers == PROMETHEUS else PLAIN, len(body))
@@ -1267,7 +1255,7 @@ class Connection:
         elif request.old:
             headers += b"Connection: keep-alive\r\n"
         self.deadline = time.monotonic() + server.settings.requesttimeout
-        self._send(b"%sDate: %s\r\n%s\r\n%s" % (ANSWER_HEADS[status], server.access.date, headers, sent))
+        self._send(b"%sDate: %s\r\n%s\r\n%s" % (ANSWER_HEADS[status], date, headers, sent))
 
     def _send(self, data):
         try:
@@ -1311,16 +1299,15 @@ class Connection:
         """The fields of the query and of the form in the body, each at most once."""
         if self.body and request.form != FORM:
             raise BadRequest(f"the body is {shown(request.form.decode('latin-1'))}, not {FORM.decode()}", 415)
-        fields = {}
-        for text in (request.query, self.body.decode("latin-1")):
-            try:
-                pairs = urllib.parse.parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=100)
-            except ValueError:
-                raise BadRequest("the form is not UTF-8, or has too many fields")
-            for name, value in pairs:
-                if name in fields:
-                    raise BadRequest(f"{shown(name)} is given twice")
-                fields[name] = value
+        text, fields = f"{request.query}&{self.body.decode('latin-1')}", {}
+        try:
+            pairs = urllib.parse.parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=100)
+        except ValueError:
+            raise BadRequest("the form is not UTF-8, or has too many fields")
+        for name, value in pairs:
+            if name in fields:
+                raise BadRequest(f"{shown(name)} is given twice")
+            fields[name] = value
         return fields
 
 
@@ -1474,19 +1461,13 @@ class Server(http.server.ThreadingHTTPServer):
         return self.stopping + 1 if connection.buffer else connection.since + 0.5
 
     def _end(self, connection):
-        """Ends a connection that waits, unless a request has come: with 408 for half of one (RFC 9110, 15.5.9).
-
-        Returns whether it is closed by now.
-        """
-        if self._waiting.get(connection.descriptor) is not connection:
-            return False
+        """Ends a connection that waits, unless a request has come: with 408 for half of one (RFC 9110, 15.5.9)."""
         del self._waiting[connection.descriptor]
         connection.deadline = 0
         if connection.events == select.EPOLLIN:
             connection.proceed()
         else:       # it does not read its answers
             connection.close()
-        return connection not in self.connections
 
     def _make_room(self):
         """Ends the connection that has been silent longest; returns whether there was one."""
@@ -1494,7 +1475,8 @@ class Server(http.server.ThreadingHTTPServer):
         for connection in list(self._waiting.values()):
             if connection.since < silent and not connection.rest:
                 connection.closing = True
-                if self._end(connection):
+                self._end(connection)
+                if connection not in self.connections:
                     return True
         return False
 
@@ -1547,20 +1529,19 @@ class Server(http.server.ThreadingHTTPServer):
         self._submit(request, connection, request.pot, lambda _: (204, b""), "current", request.pot)
 
     def do_create(self, request, connection):
-        fields = connection.fields(request)
-        pot, low = self.pot_of(fields), number(fields.get("min", "0"), 0, MAX_ID, "min")
+        pot, low = self.pot_and_min(request, connection, "0")
         self._submit(request, connection, pot, lambda _: (201, b"Created new pot"), "create", pot, low)
 
     def do_raise(self, request, connection):
-        fields = connection.fields(request)
-        pot, low = self.pot_of(fields), number(fields.get("min", ""), 0, MAX_ID, "min")
+        pot, low = self.pot_and_min(request, connection, "")
         self._submit(request, connection, pot, digits, "raise_to", pot, low)
 
     @staticmethod
-    def pot_of(fields):
-        if not POT_NAME.fullmatch(fields.get("name", "")):
-            raise BadRequest(f"name {shown(fields.get('name', ''))} is not 1 to 60 characters of A-Z a-z 0-9 _ -")
-        return fields["name"]
+    def pot_and_min(request, connection, default):
+        fields = {"name": "", "min": default, **connection.fields(request)}
+        if not POT_NAME.fullmatch(fields["name"]):
+            raise BadRequest(f"name {shown(fields['name'])} is not 1 to 60 characters of A-Z a-z 0-9 _ -")
+        return fields["name"], number(fields["min"], 0, MAX_ID, "min")
 
     def do_list(self, request, connection):
         self._submit(request, connection, request.path, lambda pots: (
@@ -1790,8 +1771,7 @@ class Service:
         pid = os.fork()
         if pid:
             return pid
-        self.marks.column = worker
-        self.counters.use_row(worker)
+        self.marks.worker = self.counters.worker = worker
         self.serve()
         sys.exit()
 
@@ -1814,17 +1794,13 @@ def main(argv=None):
     """Runs the command line; returns the exit code: 0 stopped, 1 cannot start, 78 wrong settings. Usage errors exit with 2."""
     parser = argparse.ArgumentParser(prog="idpot", description="Serial 64-bit IDs over HTTP.")
     parser.add_argument("--config", metavar="FILE", help="settings; without it SQLite in ./idpot.db")
-    parser.add_argument("--listen", metavar="HOST:PORT", help="address to serve on, in place of the file's")
+    parser.add_argument("--listen", metavar="HOST:PORT", type=split_address, help="address, in place of the file's")
     parser.add_argument("--check", action="store_true", help="check the settings, reach the database, and exit")
     parser.add_argument("--version", action="version", version=f"idpot {__version__}")
     arguments = parser.parse_args(argv)
     try:
-        address = split_address(arguments.listen) if arguments.listen else None
-    except SettingsError as error:
-        parser.error(f"--listen: {error}")
-    try:
         settings = load_settings(arguments.config)
-        settings.listen = address or settings.listen
+        settings.listen = arguments.listen or settings.listen
         if arguments.check:
             settings.logfile = ""       # a check leaves no file behind
             open_logs(settings)

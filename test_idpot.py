@@ -601,7 +601,7 @@ class TestSettings:
         ("[Mysql]\nPassword: secret", "", 78, "...f.cfg...2..."),
         ("", "--config=no.cfg", 78, "no.cfg: No such file or directory"),
         ("", "--config=no.cfg --check", 1, "no.cfg: No such file or directory"),
-        ("", "--listen=x", 2, '...error: --listen: "x" is not host:port'),
+        ("", "--listen=x", 2, '...error: argument --listen: "x" is not host:port'),
         ("", "", 1, "cannot listen on {taken}: Address already in use..."),
         ("", "--listen=192.0.2.1:8", 1, "cannot listen on 192.0.2.1:8: Cannot assign requested..."),
         ("[Server]\nLogFile = no/dir/log", "", 1, 'LogFile "no/dir/log": No such file or directory'),
