@@ -438,20 +438,21 @@ class Marks:
 
     Each worker has two words in a pot's slot, its highest ID and a number that is odd while it has a statement under
     way. It writes only these, and only from the one thread that serves the pot, so a write needs no lock. A pot gets
-    its slot with the first ID that is given, so that unknown names take none: that first statement is not noted.
-    A slot is appended under a file lock, which the kernel frees if its owner dies.
+    its slot with the first ID that is given, so that unknown names take none: that first statement is not noted. Its
+    name is then appended to a file of names, in one write; where two workers do so at once, the first counts for both.
     """
-    SLOTS = 1 << 20     # sparse: a page is there once it is written
-    NAME = 8            # words of a slot that hold the pot's name
+    SLOTS = 1 << 20
+    NAME = 64           # bytes of a name
 
     def __init__(self, workers):
-        self._workers, self._stride, self.worker = workers, self.NAME + 2 * workers, 0
-        self._file = os.memfd_create("idpot")
-        os.ftruncate(self._file, 8 * (1 + self.SLOTS * self._stride))
-        self._bytes = mmap.mmap(self._file, 0)
-        self._words = memoryview(self._bytes).cast("Q")     # word 0: the number of slots in use
-        self._known = {}                                    # pot -> its first column's index
-        self._lock = threading.RLock()
+        self._workers, self.worker = workers, 0
+        self._names, words = os.memfd_create("names"), os.memfd_create("words")
+        fcntl.fcntl(self._names, fcntl.F_SETFL, os.O_APPEND)
+        os.write(self._names, bytes(self.NAME))                 # slot 0 is no pot's
+        os.ftruncate(words, 8 * 2 * workers * 2 * self.SLOTS)   # sparse, so room for those appended at once costs nothing
+        self._words = memoryview(mmap.mmap(words, 0)).cast("Q")
+        self._known, self._read = {}, 0         # pot -> its first word's index; the names that were read
+        self._lock = threading.Lock()           # guards these
 
     def get(self, pot):
         at = self._known.get(pot) or self._find(pot)
@@ -489,25 +490,16 @@ class Marks:
 
     def _find(self, pot):
         with self._lock:
-            for slot in range(len(self._known), self._words[0]):
-                at = 1 + slot * self._stride
-                name = self._bytes[8 * at:8 * (at + self.NAME)].rstrip(b"\0").decode()
-                self._known[name] = at + self.NAME
+            while name := os.pread(self._names, self.NAME, self.NAME * self._read):
+                self._known.setdefault(name.rstrip(b"\0").decode(), 2 * self._workers * self._read)
+                self._read += 1
             return self._known.get(pot)
 
     def _append(self, pot):
-        with self._lock:
-            fcntl.lockf(self._file, fcntl.LOCK_EX)
-            try:
-                if not self._find(pot):
-                    if self._words[0] == self.SLOTS:
-                        raise Unavailable(f"more than {self.SLOTS} pots are in use")
-                    at = 8 * (1 + self._words[0] * self._stride)
-                    self._bytes[at:at + 8 * self.NAME] = pot.encode().ljust(8 * self.NAME, b"\0")
-                    self._words[0] += 1
-                return self._find(pot)
-            finally:
-                fcntl.lockf(self._file, fcntl.LOCK_UN)
+        if self._read >= self.SLOTS:
+            raise Unavailable(f"more than {self.SLOTS} pots are in use")
+        os.write(self._names, pot.encode().ljust(self.NAME, b"\0"))
+        return self._find(pot)
 
 
 METHODS = ("GET", "HEAD", "POST", "other")
@@ -700,12 +692,11 @@ class MysqlStore:
             try:
                 connection = self._driver.connect(**self._arguments, **({"host": host, "port": port} if host else {}))
                 try:
-                    synced = self._prepare(connection)
+                    if self._prepare(connection):
+                        return connection
                 except self._driver.Error:
                     connection.close()
                     raise
-                if synced:
-                    return connection
                 spare = spare or connection
             except self._driver.Error as error:
                 last = error
@@ -930,7 +921,7 @@ class Allocator:
         self._pots = collections.deque()    # pots that wait for a thread
         # Held while a group's answers are sent, and while the server reads what has come: two threads that take the
         # GIL from each other at each system call get less done (c=64: 17,300/s; so 19,100/s).
-        self.turn = threading.Lock()
+        self.turn = threading.RLock()
 
     def submit(self, pot, job):
         with self._lock:
@@ -952,21 +943,25 @@ class Allocator:
             self._serving[pot], self._jobs[pot] = self._jobs[pot], []
             return pot, self._stores.pop()
 
-    def expire(self):
-        """Fails the jobs that have waited too long."""
-        oldest = time.monotonic() - self._settings.timeout
+    def expire(self, limit):
+        """Fails the jobs that have waited for more than limit seconds."""
+        oldest = time.monotonic() - limit
         with self._lock:
             late = [job for jobs in (*self._jobs.values(), *self._serving.values()) for job in jobs if job.start < oldest]
         for job in late:
             job.finish(error=Unavailable(f"the database did not answer in {self._settings.timeout:g} seconds"))
 
     def serve(self, pot, store):
-        """Serves the jobs of a pot that was taken."""
-        jobs = [job for job in self._serving[pot] if self._wanted(job)]
+        """Serves the jobs of a pot that was taken; after a random wait those that may be tried again wait anew."""
+        jobs, again = self._serving[pot], []
         try:
-            self._serve(pot, jobs, store)
+            self._serve(pot, [job for job in jobs if self._wanted(job)], store)
         except Retry:
-            self._put_back(pot, [job for job in jobs if job.pending()])
+            again = [job for job in jobs if job.pending()]
+            for job in again:
+                job.tries += 1
+            self._counters.add(len(again), "idpot_db_retries_total")
+            time.sleep(random.uniform(0, min(1.0, 0.02 * 2 ** max((job.tries for job in again), default=0))))
         except Exception:
             log.exception("pot %s", pot)
             for job in jobs:
@@ -974,6 +969,7 @@ class Allocator:
         with self._lock:
             self._stores.append(store)
             del self._serving[pot]
+            self._jobs[pot][:0] = again     # before later ones
             if self._jobs[pot]:
                 self._pots.append(pot)      # behind those that wait
             else:
@@ -990,18 +986,27 @@ class Allocator:
         takes = [job for job in jobs if job.count]
         if takes:
             self._take(pot, takes, store)
+        others = {}     # one statement answers all who ask the same, except that only one creates a pot
         for job in jobs:
-            if not job.count:
-                try:
-                    value = self._timed(getattr(store, job.call[0]), *job.call[1:])
-                    if job.call[0] == "raise_to":
-                        self._marks.put(pot, value)
-                    job.finish(value)
-                except IdpotError as error:
-                    # A probe is told at once, but the store's connection may have been lost while nobody used it.
-                    if isinstance(error, Retry) and (job.call != ("check",) or not job.tries):
-                        raise
-                    job.finish(error=error)
+            if job.call and job.pending():
+                others.setdefault(job if job.call[0] == "create" else job.call, []).append(job)
+        for group in others.values():
+            self._call(pot, group, store)
+
+    def _call(self, pot, jobs, store):
+        (name, *arguments), value, failure = jobs[0].call, None, None
+        try:
+            value = self._timed(getattr(store, name), *arguments)
+            if name == "raise_to":
+                self._marks.put(pot, value)
+        except IdpotError as error:
+            # A probe is told soon, but the store's connection may have been lost while nobody used it.
+            if isinstance(error, Retry) and (name != "check" or not any(job.tries for job in jobs)):
+                raise
+            failure = error
+        with self.turn:
+            for job in jobs:
+                job.finish(value, failure)
 
     def _timed(self, call, *arguments):
         start = time.perf_counter_ns()
@@ -1035,15 +1040,6 @@ class Allocator:
             for job in jobs:
                 last += job.count
                 job.finish(last)
-
-    def _put_back(self, pot, jobs):
-        """Queues the jobs again, before later ones, after a random wait that grows with their tries."""
-        for job in jobs:
-            job.tries += 1
-        self._counters.add(len(jobs), "idpot_db_retries_total")
-        time.sleep(random.uniform(0, min(1.0, 0.02 * 2 ** max((job.tries for job in jobs), default=0))))
-        with self._lock:
-            self._jobs[pot][:0] = jobs
 
 
 # -------------------------------------------------------------------------------------------------- HTTP
@@ -1203,22 +1199,27 @@ class Connection:
         Raises BlockingIOError where nothing has come, EOFError where the client has closed between requests, and
         BadRequest for what is no request, ends too soon or takes too long.
         """
-        if self.discarding:
-            if not self.sock.recv(65536, socket.MSG_DONTWAIT):
-                raise EOFError
-            return None
         request = self._next_in_buffer() if self.buffer else None
         if request:
             return request
-        if self.buffer and time.monotonic() > self.deadline:
+        late = self.buffer and time.monotonic() > self.deadline
+        try:
+            data = self.sock.recv(16384, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            if not late:
+                raise
+        else:
+            if not data:
+                raise BadRequest("the request is cut off") if self.buffer.strip(b"\r\n") else EOFError
+            if self.discarding:
+                return None
+            if not self.buffer:
+                self.deadline = time.monotonic() + self.server.settings.requesttimeout
+            self.buffer += data
+            request = self._next_in_buffer()
+        if late and not request:
             raise BadRequest("the request did not arrive in time", 408)
-        data = self.sock.recv(16384, socket.MSG_DONTWAIT)
-        if not data:
-            raise BadRequest("the request is cut off") if self.buffer.strip(b"\r\n") else EOFError
-        if not self.buffer:
-            self.deadline = time.monotonic() + self.server.settings.requesttimeout
-        self.buffer += data
-        return self._next_in_buffer()
+        return request
 
     def _next_in_buffer(self):
         if self.buffer.startswith(b"\r\n"):     # RFC 9112, 2.2; one stays, so that the time for a request runs
@@ -1430,11 +1431,10 @@ class Server(http.server.ThreadingHTTPServer):
         """Leaves the connection to the thread that will be told of one of the events."""
         tell = self._epoll.modify if connection.events else self._epoll.register
         connection.events, connection.since = events, time.monotonic()
-        self._waiting[connection.descriptor] = connection
-        try:
+        # As one: when another thread had ended it in between, its descriptor could be a newcomer's.
+        with self.allocator.turn, contextlib.suppress(OSError):     # ENOSPC: its time will be over
+            self._waiting[connection.descriptor] = connection
             tell(connection.descriptor, events | select.EPOLLONESHOT)
-        except OSError:     # another thread has ended it already; or ENOSPC, then its time will be over
-            pass
 
     def _look_at_all(self, interval):
         """Ends what has taken too long, if no thread has looked for an interval."""
@@ -1448,7 +1448,8 @@ class Server(http.server.ThreadingHTTPServer):
             self._looked = now
         self.counters.set(int(now), "heartbeat")
         self.count_connections()
-        self.allocator.expire()
+        timeout = self.settings.timeout
+        self.allocator.expire(timeout - min(1, timeout / 4) if self.stopping else timeout)     # then there is time to answer
         with self.allocator.turn:
             for connection in list(self._waiting.values()):
                 if now > self._end_of(connection):
@@ -1473,7 +1474,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Ends the connection that has been silent longest; returns whether there was one."""
         silent = time.monotonic() - 0.1
         for connection in list(self._waiting.values()):
-            if connection.since < silent and not connection.rest:
+            if connection.since < silent and connection.events == select.EPOLLIN:
                 connection.closing = True
                 self._end(connection)
                 if connection not in self.connections:
@@ -1715,7 +1716,8 @@ class Service:
         else:
             self.store.close()      # processes do not share a connection
             self.supervise()
-        log.info("stopped")
+        if os.getpid() == self.first:
+            log.info("stopped")
 
     def serve(self):
         """Serves in this process until a stop signal, or until the first process is gone."""
@@ -1737,7 +1739,10 @@ class Service:
             self.store.close()      # folds SQLite's journal into the file
 
     def supervise(self):
-        """Keeps settings.workers processes running until a stop signal, and then until they have ended."""
+        """Keeps settings.workers processes running until a stop signal, and then until they have ended.
+
+        Returns in each of them, too, when it has served.
+        """
         pids, stopping = {}, False                      # pid -> worker
         starts = [0.0] * self.settings.workers          # when each was started, or is to be
         delays = [0.1] * self.settings.workers          # seconds before it is replaced
@@ -1747,10 +1752,15 @@ class Service:
                 if start <= now and not stopping and worker not in pids.values():
                     starts[worker] = now
                     try:
-                        pids[self.fork(worker)] = worker
+                        pid = os.fork()
                     except OSError as error:        # the system has no more processes
                         log.error("worker %d cannot be started: %s", worker, error)
                         starts[worker] = now + 1
+                        continue
+                    if not pid:
+                        self.marks.worker = self.counters.worker = worker
+                        return self.serve()
+                    pids[pid] = worker
             number = getattr(signal.sigtimedwait(SIGNALS, 0.2), "si_signo", None)
             if number in (*STOP, signal.SIGHUP):
                 for pid in pids:    # workers do not count stop signals: systemd and Ctrl-C send them to all processes
@@ -1765,15 +1775,6 @@ class Service:
                 starts[worker] = now + delays[worker]
                 if not stopping:
                     log.error("worker %d (pid %d) has ended; it is replaced in %.1f s", worker, pid, delays[worker])
-
-    def fork(self, worker):
-        """Starts a worker process and returns its pid; the worker itself ends here."""
-        pid = os.fork()
-        if pid:
-            return pid
-        self.marks.worker = self.counters.worker = worker
-        self.serve()
-        sys.exit()
 
     def tend(self, number):
         """Does what a signal, or a moment without one, asks of each process; systemd knows the first one only."""

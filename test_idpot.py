@@ -474,20 +474,33 @@ class TestGroups:
         assert self.status(database) == {       # one connection asked for the status
             **before, "Com_update": before["Com_update"] + 20, "Connections": before["Connections"] + 1}
 
-    def test_sixty_requests_that_wait_together_share_a_statement(self, server, database):
+    def test_sixty_requests_that_wait_together_share_a_statement_for_ids_and_one_for_reads(self, server, database):
         server.create("group")
-        before = self.status(database)["Com_update"]
         clients = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(60)]
         with self.held(database, "group") as wait_for_statement:
-            for client in clients:      # the 404 shows that the server has read the second request, too
+            for number, client in enumerate(clients):   # the 404 shows that the server has read the second request, too
                 client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
-                               b"POST /id/group HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                               b"%s /id/group HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+                               % (b"GET" if number % 3 == 2 else b"POST"))
                 assert client.recv(9999).startswith(b"HTTP/1.1 404 ")
-                if client is clients[0]:
+                if number == 0:
                     wait_for_statement()
+                    before = self.status(database)
         ids = [int(client.makefile("rb").read().split()[-1]) for client in clients]
-        assert (ids[0], sorted(ids)) == (1, list(range(1, 61)))
-        assert self.status(database)["Com_update"] - before <= 4
+        assert (ids[0], ids[2::3], sorted(set(ids))) == (1, [40] * 20, list(range(1, 41)))
+        assert [self.status(database)[name] - before[name] for name in ("Com_update", "Com_select")] == [1, 1]
+
+    def test_a_request_whose_client_has_gone_costs_no_id(self, server, database):
+        server.create("gone")
+        with ThreadPoolExecutor(1) as pool, self.held(database, "gone") as wait_for_statement:
+            first = pool.submit(server.next, "gone")
+            wait_for_statement()
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
+                client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\nPOST /id/gone HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert client.recv(9999).startswith(b"HTTP/1.1 404 ")
+                read = time.monotonic()
+            wait_until(lambda: time.monotonic() > read + 1)     # a shorter wait is not looked into
+        assert first.result() == 1 and server.next("gone") == 2
 
     def test_an_impossible_count_does_not_fail_its_neighbours(self, server, database):
         server.create("near", MAX_ID - 10)
@@ -524,6 +537,21 @@ class TestGroups:
         assert waiting.result()[:2] == (200, "1")
         assert server.process.wait(10) == 0
         assert '"POST /id/stop HTTP/1.1" 200 1 ' in server.errors()
+
+    def test_a_stop_while_the_database_hangs_answers_the_backlog_with_503(self, run, database):
+        server = run(f"[Server]\nTimeout = 2\n[Mysql]\nConnectString = {database.dsn('groups_test')}\n")
+        server.create("hung")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.held(database, "hung"))
+            server.process.send_signal(signal.SIGSTOP)
+            clients = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=20))
+                       for _ in range(20)]
+            for client in clients:
+                client.sendall(b"POST /id/hung HTTP/1.1\r\nHost: x\r\n\r\n")
+            server.process.send_signal(signal.SIGTERM)
+            server.process.send_signal(signal.SIGCONT)
+            assert [client.recv(9999)[:13] for client in clients] == [b"HTTP/1.1 503 "] * 20
+            assert server.process.wait(5) == 0
 
 
 # ---------------------------------------------------------------- settings and the command line
@@ -991,6 +1019,20 @@ def test_900_stalled_requests_a_slow_sender_slow_readers_and_resets_at_once(run)
     wait_until(lambda: usage(server)[1] <= before[1] + 2 and usage(server)[0] < before[0] + 40, 20)
     assert server.stop() == 0 and "Traceback" not in server.errors()
     assert [status for _, status, _ in access_lines(server)].count("408") == 901
+
+
+def test_a_request_that_came_in_time_is_served_however_late_it_is_read(run):
+    server = run("[Server]\nRequestTimeout = 0.2")
+    server.create("p")
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\nPOST /id/p HTTP/1.1\r\nHost: x\r\n")
+        assert client.recv(9999).startswith(b"HTTP/1.1 404 ")
+        server.process.send_signal(signal.SIGSTOP)
+        read = time.monotonic()
+        client.sendall(b"\r\n")
+        wait_until(lambda: time.monotonic() > read + 0.3)
+        server.process.send_signal(signal.SIGCONT)
+        assert client.recv(9999).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.slow
@@ -1489,6 +1531,9 @@ class GaleraNode(Database):
         super().__init__(*options, *([] if number else ["--wsrep-new-cluster"]))
         self.options = options
 
+    def answers(self):
+        return super().answers() and self.sql("SHOW STATUS LIKE 'wsrep_ready'") == [("wsrep_ready", "ON")]
+
 
 @pytest.fixture(scope="module")
 def galera():
@@ -1721,15 +1766,28 @@ def test_metrics_are_sums_over_the_workers_go_up_and_please_promtool(mysql, run,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout == ""
 
 
-def test_a_counter_set_back_while_two_workers_give_ids_repeats_none(mysql, run, database):
+def test_a_counter_set_back_while_another_worker_has_an_id_in_flight_repeats_none(mysql, run, database):
     server = run(mysql("Workers = 2"))
     server.create("p")
-    with Asking(*(kept(server.port) for _ in range(8))) as load:
-        for _ in range(10):
-            load.more(30)
-            database.sql("UPDATE host.pot_p SET id = 0")
-        load.more(30)
-    assert load.issued() > 8 * 300 and "the counter of pot p was set back to" in server.errors()
+    worker, clients = workers_of(server, 2)[0], [HTTPConnection("127.0.0.1", server.port, timeout=20) for _ in range(20)]
+    for client in clients:
+        client.request("POST", "/id/p")
+    assert {int(client.getresponse().read()) for client in clients} == set(range(1, 21))
+    sockets = {os.readlink(f"/proc/{worker}/fd/{name}") for name in os.listdir(f"/proc/{worker}/fd")}
+    ends = {row[2]: f"socket:[{row[9]}]" in sockets for row in map(str.split, open("/proc/net/tcp"))}
+    here = {ends[f"0100007F:{client.sock.getsockname()[1]:04X}"]: client for client in clients}
+    with contextlib.closing(database.connect(database="host")) as blocker:
+        blocker.cmd_query("LOCK TABLES pot_p WRITE")
+        here[True].request("POST", "/id/p")
+        wait_until(lambda: any("lock" in (row[6] or "") for row in database.sql("SHOW PROCESSLIST")))
+        os.kill(worker, signal.SIGSTOP)
+    wait_until(lambda: database.sql("SELECT id FROM host.pot_p") == [(21,)])    # but the worker does not know
+    database.sql("UPDATE host.pot_p SET id = 0")
+    here[False].request("POST", "/id/p")
+    assert not select.select([here[False].sock], [], [], 0.5)[0]
+    os.kill(worker, signal.SIGCONT)
+    assert [int(here[mine].getresponse().read()) for mine in (True, False)] == [21, 22]
+    assert "the counter of pot p was set back to 0, but 21 was given: it goes on above that" in server.errors()
 
 
 def test_a_stop_signal_to_each_process_lets_requests_in_flight_be_answered(mysql, run, database):
