@@ -1431,10 +1431,12 @@ class Server(http.server.ThreadingHTTPServer):
         """Leaves the connection to the thread that will be told of one of the events."""
         tell = self._epoll.modify if connection.events else self._epoll.register
         connection.events, connection.since = events, time.monotonic()
-        # As one: when another thread had ended it in between, its descriptor could be a newcomer's.
-        with self.allocator.turn, contextlib.suppress(OSError):     # ENOSPC: its time will be over
+        with self.allocator.turn:   # when another thread had ended it in between, its descriptor could be a newcomer's
             self._waiting[connection.descriptor] = connection
-            tell(connection.descriptor, events | select.EPOLLONESHOT)
+            try:
+                tell(connection.descriptor, events | select.EPOLLONESHOT)
+            except OSError:         # ENOSPC: its time will be over
+                pass
 
     def _look_at_all(self, interval):
         """Ends what has taken too long, if no thread has looked for an interval."""
