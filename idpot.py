@@ -739,23 +739,20 @@ class MysqlStore:
     def _check_engine(self):
         """Warns of an engine that forgets IDs at a power cut; refuses one that is missing or wrong for Galera."""
         state = self._variables_of(self._connection, "wsrep_on", "innodb_flush_log_at_trx_commit", "flush")
-        engine, tables = self._engine.lower(), self._tables()
         if not self._has_engine(self._connection):
             raise SettingsError(f"Engine: the server has no storage engine {shown(self._engine)}")
-        if state.get("wsrep_on") == "ON":
-            if engine != "innodb":
-                raise SettingsError(f"Engine: {self.NOT_REPLICATED.format(self._engine)}")
-            for table, kind in tables:
-                if kind.lower() != "innodb":
-                    raise SettingsError(f"table {table} is {kind}, which a Galera node does not replicate")
-        engines = {engine, *(kind.lower() for _, kind in tables)}
-        weak = engines - {"innodb", "aria", "rocksdb"}
+        engines = {self._engine.lower(): (self._engine, "Engine")}      # of new pots, and of those that are there
+        for table, engine in self._tables():
+            engines.setdefault(engine.lower(), (engine, f"table {table}"))
+        for name, (engine, where) in engines.items():
+            if name != "innodb" and state.get("wsrep_on") == "ON":
+                raise SettingsError(f"{where}: {self.NOT_REPLICATED.format(engine)}")
         if "innodb" in engines and state.get("innodb_flush_log_at_trx_commit") != "1":
             log.warning("innodb_flush_log_at_trx_commit is not 1: IDs of the last second come again after a power cut")
+        weak = [engine for name, (engine, _) in engines.items() if name not in ("innodb", "aria", "rocksdb")]
         if weak and state.get("flush") != "ON":
-            names = sorted({name for name in (self._engine, *(kind for _, kind in tables)) if name.lower() in weak})
             log.warning("Engine %s does not survive a power cut: IDs of the last half minute may come again; "
-                        "InnoDB loses none", ", ".join(names))
+                        "InnoDB loses none", ", ".join(weak))
 
     def _tables(self):
         query = (r"SELECT table_name, engine FROM information_schema.tables WHERE table_schema = DATABASE() "
@@ -920,7 +917,7 @@ class Allocator:
         self._serving = {}                  # pot -> jobs that a thread has taken from there
         self._pots = collections.deque()    # pots that wait for a thread
         # Held while a group's answers are sent, and while the server reads what has come: two threads that take the
-        # GIL from each other at each system call get less done (c=64: 17,300/s; so 19,100/s).
+        # GIL from each other at each system call get less done (wrk -c64: 17,300/s; so 19,100/s).
         self.turn = threading.RLock()
 
     def submit(self, pot, job):
@@ -1321,7 +1318,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     Threads are kept, and two wait for all clients together. One that is told of requests reads them, serves their
     pots and sends the answers: a lone client's request meets one thread, which takes 2 switches of threads instead of
-    3 (c=1: 1,630/s -> 1,970/s). While a thread is in the database another one waits for clients.
+    3 (wrk -c1: 1,630/s -> 1,970/s). While a thread is in the database another one waits for clients.
     """
 
     def __init__(self, settings, listener, allocator, counters):

@@ -1560,6 +1560,11 @@ def test_galera_refuses_myisam(galera, run):
     idpot = run(on_cluster(galera, "MyISAM"), wait=False)
     assert idpot.process.wait(10) == 78
     assert idpot.errors() == "idpot: Engine: a Galera node replicates InnoDB only, not MyISAM\n"
+    galera[0].sql("CREATE TABLE idpot.pot_aria (id BIGINT UNSIGNED NOT NULL) ENGINE=Aria")
+    idpot = run(on_cluster(galera), wait=False)
+    assert idpot.process.wait(10) == 78
+    assert idpot.errors() == "idpot: table pot_aria: a Galera node replicates InnoDB only, not Aria\n"
+    galera[0].sql("DROP TABLE idpot.pot_aria")
     galera[0].sql("SET GLOBAL wsrep_on = OFF")
     try:
         idpot = run(f"[Mysql]\nConnectString = {galera[0].dsn()}\n")
