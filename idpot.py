@@ -1618,7 +1618,7 @@ class Client:
             text = answer.read().decode()
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            if kept and isinstance(error, ConnectionError):     # the server had ended it, after a time without requests
+            if kept and isinstance(error, (ConnectionError, ssl.SSLEOFError)):      # it was ended while nobody asked
                 return self._request(method, *path, **fields)
             raise error if isinstance(error, OSError) else ConnectionError(f"half an answer: {error!r}") from error
         if answer.status < 300:
@@ -1748,18 +1748,19 @@ class Service:
         while pids or not stopping:
             now = time.monotonic()
             for worker, start in enumerate(starts):
-                if start <= now and not stopping and worker not in pids.values():
-                    starts[worker] = now
-                    try:
-                        pid = os.fork()
-                    except OSError as error:        # the system has no more processes
-                        log.error("worker %d cannot be started: %s", worker, error)
-                        starts[worker] = now + 1
-                        continue
-                    if not pid:
-                        self.marks.worker = self.counters.worker = worker
-                        return self.serve()
-                    pids[pid] = worker
+                if stopping or start > now or worker in pids.values():
+                    continue
+                starts[worker] = now
+                try:
+                    pid = os.fork()
+                except OSError as error:        # the system has no more processes
+                    log.error("worker %d cannot be started: %s", worker, error)
+                    starts[worker] = now + 1
+                    continue
+                if not pid:
+                    self.marks.worker = self.counters.worker = worker
+                    return self.serve()
+                pids[pid] = worker
             number = getattr(signal.sigtimedwait(SIGNALS, 0.2), "si_signo", None)
             if number in (*STOP, signal.SIGHUP):
                 for pid in pids:    # workers do not count stop signals: systemd and Ctrl-C send them to all processes
