@@ -1808,7 +1808,8 @@ def main(argv=None):
             print(f"idpot: the settings are valid, {settings.store(settings, Counters(1)).start()} is reached")
             return 0
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))      # the soft limit of 1024 is for select(2)
+        with contextlib.suppress(OSError, ValueError):      # a service manager may forbid it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))      # the soft limit of 1024 is for select(2)
         Service(settings).run()
         return 0
     except StartError as error:
