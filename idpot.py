@@ -1608,7 +1608,12 @@ class Client:
         return int(self._request("POST", "pot", "raise", name=pot, min=min))
 
     def _request(self, method, *path, **fields):
-        connection, kept = self._connection, self._connection.sock is not None
+        connection, poll = self._connection, select.poll()
+        if connection.sock:
+            poll.register(connection.sock, select.POLLIN)
+            if poll.poll(0):
+                connection.close()      # it was ended meanwhile, or has an answer that nobody asked for
+        kept = connection.sock is not None
         target = "/".join([self._prefix, *(urllib.parse.quote(part, safe="") for part in path)])
         body = urllib.parse.urlencode(fields) if fields else None
         headers = {**self._headers, "Content-Type": FORM.decode()} if body else self._headers
@@ -1618,7 +1623,7 @@ class Client:
             text = answer.read().decode()
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            if kept and isinstance(error, (ConnectionError, ssl.SSLEOFError)):      # it was ended while nobody asked
+            if kept and isinstance(error, ConnectionError):     # it was ended while the request was on its way
                 return self._request(method, *path, **fields)
             raise error if isinstance(error, OSError) else ConnectionError(f"half an answer: {error!r}") from error
         if answer.status < 300:

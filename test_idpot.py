@@ -1786,6 +1786,8 @@ def test_a_counter_set_back_while_another_worker_has_an_id_in_flight_repeats_non
         here[True].request("POST", "/id/p")
         wait_until(lambda: any("lock" in (row[6] or "") for row in database.sql("SHOW PROCESSLIST")))
         os.kill(worker, signal.SIGSTOP)
+        wait_until(lambda: {open(f"/proc/{worker}/task/{task}/stat").read().rpartition(")")[2][1]     # each thread
+                            for task in os.listdir(f"/proc/{worker}/task")} == {"T"})
     wait_until(lambda: database.sql("SELECT id FROM host.pot_p") == [(21,)])    # but the worker does not know
     database.sql("UPDATE host.pot_p SET id = 0")
     here[False].request("POST", "/id/p")
