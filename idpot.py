@@ -117,7 +117,7 @@ class StartError(IdpotError):
 
 
 class SettingsError(StartError, argparse.ArgumentTypeError):
-    """A setting is wrong, so that starting again cannot help."""
+    """A setting is wrong, so that starting again cannot help; argparse shows it as wrong usage for an option."""
     exit_code = 78      # EX_CONFIG of sysexits.h
 
 
