@@ -1534,6 +1534,11 @@ class GaleraNode(Database):
     def answers(self):
         return super().answers() and self.sql("SHOW STATUS LIKE 'wsrep_ready'") == [("wsrep_ready", "ON")]
 
+    def writes(self):
+        """Whether the cluster takes a write here; it hangs while a node that does not answer belongs to it."""
+        with contextlib.suppress(Exception):
+            return self.sql("CREATE OR REPLACE TABLE idpot.probe (id INT PRIMARY KEY)") == []
+
 
 @pytest.fixture(scope="module")
 def galera():
@@ -1593,6 +1598,7 @@ def test_galera_donor_death_hang_and_lost_quorum(galera, run):
         a.start()
         load.recover()
         b.signal(signal.SIGSTOP)
+        wait_until(c.writes, 20)        # how long the others wait for it is Galera's time, not idpot's
         load.recover()
         b.signal(signal.SIGCONT)
     load.verdict(c.sql("SELECT id FROM pot_cluster", database="idpot")[0][0])
