@@ -1,4 +1,8 @@
-"""idpot hands out serial 64-bit unsigned IDs over HTTP, from MySQL, MariaDB or an embedded SQLite file.
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["mysql-connector-python>=9.2"]
+# ///
+"""idpot hands out serial 64-bit unsigned IDs over HTTP, from MySQL, MariaDB or an SQLite file.
 
     python3 idpot.py                        # SQLite in ./idpot.db, http://127.0.0.1:8080
     python3 idpot.py --config=idpot.cfg     # MySQL or MariaDB, as the file says
@@ -7,19 +11,21 @@ A pot is a named counter:
 
     POST /pot/create    form name=foo&min=10: 201, or 409 where the pot exists
     GET  /pot/foo       204, or 404
-    POST /id/foo        200 and the next ID, first min+1; with count=N (1..10000) N IDs, one per line
+    POST /id/foo        200 and the next ID, first min+1; with count=N (1..10000) N IDs, one per
+                        line; with range=N (1..2^32) the first, a tab and the last of N IDs
     GET  /id/foo        200 and the current ID, which stays
     GET  /pot           200, a line per pot: name, tab, current ID
-    POST /pot/raise     form name=foo&min=N: the counter goes up to N if it is lower; 200 and its value
+    POST /pot/raise     form name=foo&min=N: the counter goes up to N if it is lower; 200, its value
     GET  /healthz       200 when an ID could be issued now, else 503 and why
     GET  /metrics       Prometheus text format
 
-An ID that was answered is never answered again from that pot, by any process, after any crash that the
-storage engine survives; each answer is greater than all answers that ended before its request began. The
-value is in the database before the answer leaves, and nothing is fetched ahead.
+An ID that was answered is never answered again from that pot, by any process, after any crash that
+the storage engine survives; each answer is greater than all answers that ended before its request
+began. The value is in the database before the answer leaves, and nothing is fetched ahead.
 """
 
 import argparse
+import bisect
 import collections
 import configparser
 import contextlib
@@ -30,56 +36,62 @@ import functools
 import hmac
 import http.client
 import http.server
-import itertools
+import importlib.util
+import json
 import logging
 import math
-import mmap
 import os
+import queue
 import random
 import re
 import resource
 import select
+import shlex
 import signal
 import socket
 import sqlite3
 import ssl
 import stat
 import sys
+import termios
 import threading
 import time
 import types
+import typing
 import urllib.parse
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 
 MAX_ID = 2**64 - 1
 MAX_COUNT = 10000
-POT_NAME = re.compile("[A-Za-z0-9_-]{1,60}")    # the table is pot_ + name; MySQL allows 64 characters
+MAX_RANGE = 2**32
+POT_NAME = re.compile("[A-Za-z0-9_-]{1,60}")    # the table is pot_ + name; MySQL allows 64
 
 log = logging.getLogger("idpot")
-access_log = logging.getLogger("idpot.access")
 
 
-# ------------------------------------------------------------------------------------------------ errors
+# ------------------------------------------------------------------------------------------ errors
 
 class IdpotError(Exception):
-    """An answer other than success: `status` is its HTTP status, str() the one line that its body says."""
+    """An answer other than success: `status` is its HTTP status, str() the one line of its body."""
     status = 500
-    headers = b""
+    header = b""    # a header line that belongs to the status
 
 
 class BadRequest(IdpotError):
-    """The request is malformed, or a value in it is; another status than 400 may be given with it."""
-
-    def __init__(self, text, status=400, headers=b""):
-        super().__init__(text)
-        self.status, self.headers = status, headers
+    """The request, or a value in it, is malformed."""
+    status = 400
 
 
 class Unauthorized(IdpotError):
     """The bearer token is missing or wrong (RFC 6750)."""
     status = 401
-    headers = b"WWW-Authenticate: Bearer\r\n"
+    header = b"WWW-Authenticate: Bearer\r\n"
+
+
+class Forbidden(IdpotError):
+    """The request comes from a web page (it has an Origin) and does not carry the token."""
+    status = 403
 
 
 class NotFound(IdpotError):
@@ -93,22 +105,26 @@ class Exists(IdpotError):
 
 
 class Exhausted(IdpotError):
-    """Fewer IDs are left in the pot, up to 2**64-1, than were asked for."""
+    """Fewer IDs are left in the pot than were asked for."""
     status = 409
 
 
 class Unavailable(IdpotError):
     """The database cannot issue an ID now; the same request may succeed later."""
     status = 503
-    headers = b"Retry-After: 1\r\n"
+    header = b"Retry-After: 1\r\n"
 
 
 class Broken(Unavailable):
-    """The pot's table has no row, or several, or no column id: there is no ID until somebody has mended it."""
+    """The pot's table is not one row with a whole number: no ID until somebody has mended it."""
 
 
 class Retry(Unavailable):
-    """Trying again at once, on a new connection, may help."""
+    """Trying again, on a new connection or a moment later, may help."""
+
+
+class WentBack(IdpotError):
+    """Client: the server answered an ID that is not greater than one that it gave before."""
 
 
 class StartError(IdpotError):
@@ -117,26 +133,28 @@ class StartError(IdpotError):
 
 
 class SettingsError(StartError, argparse.ArgumentTypeError):
-    """A setting is wrong, so that starting again cannot help; argparse shows it as wrong usage for an option."""
+    """A setting is wrong, so that starting again cannot help; for an option, wrong usage."""
     exit_code = 78      # EX_CONFIG of sysexits.h
 
 
-# ---------------------------------------------------------------------------------------------- settings
+# ---------------------------------------------------------------------------------------- settings
 
 def shown(value):
     """The value in double quotes, cut and escaped, fit for a line of an answer or of the log."""
-    return '"' + ascii(value[:100])[1:-1].replace('"', r'\"') + ("..." if len(value) > 100 else "") + '"'
+    text = ascii(value[:100])[1:-1].replace('"', r'\"')
+    more = "..." if len(value) > 100 else ""
+    return f'"{text}{more}"'
 
 
-def number(text, low, high, name=""):
-    """The number that the text is in plain decimal digits; BadRequest when it is not one from low to high."""
+def whole_number(text, low, high):
+    """The number that the text is in plain decimal digits; BadRequest if not one of low..high."""
     if re.fullmatch("[0-9]{1,20}", text) and low <= int(text) <= high:
         return int(text)
-    raise BadRequest(f"{name} {shown(text)} is not a whole number from {low} to {high}".lstrip())
+    raise BadRequest(f"{shown(text)} is not a whole number from {low} to {high}")
 
 
 def split_address(text, default_port=None):
-    """(host, port) of host:port, [IPv6]:port or :port; the host is empty for all interfaces."""
+    """(host, port) of host:port, [IPv6]:port or :port; the host is empty for all addresses."""
     match = re.fullmatch(r"(?:\[([^]]*)\]|([^:\[\]]*))(?::([0-9]{1,5}))?", text)
     port = match and (match[3] or default_port)
     if not port or int(port) > 65535:
@@ -145,18 +163,17 @@ def split_address(text, default_port=None):
 
 
 def seconds(text):
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) <= 86400:
-            return float(text)
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?|\.[0-9]+", text) and 0 < float(text) <= 86400:
+        return float(text)
     raise SettingsError(f"{shown(text)} is not a number of seconds above 0, at most 86400")
 
 
 def go_duration(text):
     """Seconds of a Go duration such as 1m30s or 500ms."""
     units = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
+    parts = re.findall(r"([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|ms|s|m|h)", text)
     if text == "0":
         return 0
-    parts = re.findall(r"([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|ms|s|m|h)", text)
     if not parts or "".join(map("".join, parts)) != text:
         raise SettingsError(f"{shown(text)} is not a duration such as 30s or 500ms")
     return sum(float(amount) * units[unit] for amount, unit in parts)
@@ -176,178 +193,179 @@ def tls_mode(text):
 
 
 DSN_PARAMETERS = {      # of go-sql-driver/mysql -> (name here, converter)
-    "timeout": ("connection_timeout", go_duration), "readTimeout": ("read_timeout", go_duration),
-    "writeTimeout": ("write_timeout", go_duration), "collation": ("collation", str),
-    "charset": ("charset", lambda text: text.split(",")[0]), "tls": ("tls", tls_mode)}
-DSN_IGNORED = frozenset("""allowAllFiles allowCleartextPasswords allowFallbackToPlaintext allowNativePasswords
-    allowOldPasswords checkConnLiveness clientFoundRows columnsWithAlias compress connectionAttributes
-    interpolateParams loc maxAllowedPacket multiStatements parseTime rejectReadOnly serverPubKey strict
-    timeTruncate""".split())    # they mean nothing to idpot
+    "timeout": ("connection_timeout", go_duration),
+    "readTimeout": ("read_timeout", go_duration),
+    "writeTimeout": ("write_timeout", go_duration),
+    "collation": ("collation", str),
+    "charset": ("charset", lambda text: text.split(",")[0]),
+    "tls": ("tls", tls_mode),
+}
 
 
 def parse_dsn(text):
-    """What a DSN of go-sql-driver/mysql says: arguments of mysql.connector.connect, and `hosts`, the
-    (host, port) pairs to try in order, `variables`, the session variables to SET, and `tls`.
+    """What a DSN of go-sql-driver/mysql says: arguments of mysql.connector.connect, and `hosts`,
+    the (host, port) pairs to try in order, `tls`, and `ignored`, the names of other parameters.
 
+    The last / ends the address, the last @ before it the credentials, the first : in them the user.
     Raises SettingsError, which never shows the password.
     """
     left, slash, right = text.rpartition("/")
     credentials, _, address = left.rpartition("@")
     user, _, password = credentials.partition(":")
-    net, parenthesis, inside = address.partition("(")
     database, _, query = right.partition("?")
-    dsn = {"user": user, "password": password, "database": urllib.parse.unquote(database), "hosts": [],
-           "variables": {}, "tls": "preferred"}
     if not slash or not database:
         raise SettingsError("there is no database name after a last /")
-    if parenthesis and not inside.endswith(")"):
-        raise SettingsError(f"{shown(address)} has no closing parenthesis at its end")
-    if net == "unix":
-        dsn["unix_socket"] = inside[:-1] or "/tmp/mysql.sock"
-    elif net in ("", "tcp", "tcp4", "tcp6"):
-        addresses = [split_address(one.strip(), 3306) for one in (inside[:-1] or "127.0.0.1").split(",")]
-        dsn["hosts"] = [(host or "127.0.0.1", port) for host, port in addresses]
-    else:
-        raise SettingsError(f"{shown(net)} is neither tcp nor unix")
-    for parameter, equals, value in (pair.partition("=") for pair in query.split("&")):
-        value = urllib.parse.unquote_plus(value)
+    dsn = {"user": user, "password": password, "database": urllib.parse.unquote(database),
+           "tls": "preferred", "ignored": [], **parse_dsn_address(address)}
+    for pair in query.split("&"):
+        parameter, equals, value = pair.partition("=")
         if parameter in DSN_PARAMETERS:
             name, convert = DSN_PARAMETERS[parameter]
-            dsn[name] = convert(value)
-        elif equals and parameter not in DSN_IGNORED:
-            if parameter.lower().endswith("autocommit"):
-                raise SettingsError("autocommit cannot be set: an ID is in the database before it is answered")
-            if not re.fullmatch(r"@{0,2}[A-Za-z0-9_.$]+", parameter):
-                raise SettingsError(f"{shown(parameter)} is not the name of a session variable")
-            dsn["variables"][parameter] = value
+            dsn[name] = convert(urllib.parse.unquote_plus(value))
+        elif equals:
+            dsn["ignored"].append(parameter)
     return dsn
+
+
+def parse_dsn_address(address):
+    net, parenthesis, inside = address.partition("(")
+    if parenthesis and not inside.endswith(")"):
+        raise SettingsError(f"{shown(address)} has no closing parenthesis at its end")
+    inside = inside[:-1]
+    if net == "unix":
+        return {"unix_socket": inside or "/tmp/mysql.sock", "hosts": []}
+    if net not in ("", "tcp", "tcp4", "tcp6"):
+        raise SettingsError(f"{shown(net)} is neither tcp nor unix")
+    pairs = [split_address(one.strip(), 3306) for one in (inside or "127.0.0.1").split(",")]
+    return {"hosts": [(host or "127.0.0.1", port) for host, port in pairs]}
+
+
+def limited(low, high):
+    return functools.partial(whole_number, low=low, high=high)
 
 
 SETTINGS = {    # section -> name -> (default as the file writes it, converter)
     "Server": {
         "Listen": ("127.0.0.1:8080", split_address),
-        "LogFile": ("", str),               # strftime pattern; empty: the access log goes to stderr
+        "LogFile": ("", str),               # strftime pattern; empty: stderr
         "LogLinkName": ("", str),           # symlink to the newest log file
-        "Token": ("", str),                 # bearer token asked for everything but /healthz
+        "Token": ("", str),                 # bearer token asked for all but /healthz
         "AdminToken": ("", str),            # asked for create and raise; empty: Token is
-        "Workers": ("1", lambda text: number(text, 1, 64)),
         "Timeout": ("10", seconds),         # that a request may wait for the database, then 503
         "RequestTimeout": ("10", seconds),  # for a whole request to arrive, then 408
         "IdleTimeout": ("60", seconds),     # without a request, then the connection is closed
-        "MaxConnections": ("1024", lambda text: number(text, 1, 1000000)),
+        "MaxConnections": ("1024", limited(1, 1000000)),
     },
     "Mysql": {
         "ConnectString": ("", lambda text: text and parse_dsn(text)),
         "Hostname": ("127.0.0.1", str),
-        "Port": ("3306", lambda text: number(text, 1, 65535)),
+        "Port": ("3306", limited(1, 65535)),
         "Username": ("root", str),
         "Password": ("", str),
         "Dbname": ("idpot", str),
         "Engine": ("MyISAM", engine_name),
+        "Connections": ("8", limited(1, 64)),
     },
     "Sqlite": {"File": ("idpot.db", str)},
 }
 
 
-class ConfigReader(configparser.RawConfigParser):
-    """Reads the format of gcfg, which go-idpot used: values bare or in double quotes, comments after them."""
+class SettingsReader(configparser.RawConfigParser):
+    """The stock reader for the format of gcfg, which go-idpot used: sections and names in any
+    letter case, comments behind them."""
     SECTCRE = re.compile(r"\[\s*(?P<header>[^]\s][^]]*?)\s*\]\s*(?:[;#].*)?$")
-    VALUE = re.compile(r'((?:"(?:[^"\\]|\\.)*"|[^";#])*)(?:[;#].*)?')
-    ESCAPES = {"\\": "\\", '"': '"', "n": "\n", "t": "\t"}
 
-    def __init__(self):
+    def __init__(self, path):
         super().__init__(delimiters="=", comment_prefixes=(";", "#"), default_section="")
-        self.everybody = False      # whether all users can read the file
-
-    def entries(self, path):
-        """Yields (line number, section, name in lower case, raw value), and (0, section, None, "") per section."""
-        def numbered(file):     # configparser knows no line numbers: they travel at the head of the value
-            for at, line in enumerate(file, 1):
-                name, equals, value = line.strip().partition("=")
-                yield f"{name}={at} {value}" if equals and name[:1] not in ("[", ";", "#") else line.strip()
-
         with open(path, encoding="utf-8-sig") as file:
-            self.everybody = bool(os.fstat(file.fileno()).st_mode & stat.S_IROTH)
-            self.read_file(numbered(file), path)
-        for section in self.sections():
-            yield 0, section, None, ""
-            for name, value in self.items(section):
-                at, _, text = value.partition(" ")
-                yield int(at), section, name, text
+            # Without their indentation lines do not continue others.
+            lines = (line.strip() for line in file)
+            self.read_file((line.title() if line[:1] == "[" else line for line in lines), path)
 
-    @classmethod
-    def unquote(cls, text):
-        match = cls.VALUE.fullmatch(text)
-        if not match:
-            raise SettingsError("a double quote is not closed")
-        return re.sub('"((?:[^"\\\\]|\\\\.)*)"', lambda quoted: re.sub(r"\\(.)", cls.unescape, quoted[1]),
+
+VALUE = re.compile(r'((?:"(?:[^"\\]|\\.)*"|[^"\\;#])*)(?:[;#].*)?')
+
+
+def unquote(text):
+    """The value that stands in a file, bare or in double quotes, where its escapes are JSON's."""
+    match = VALUE.fullmatch(text)
+    if not match:
+        raise SettingsError("a double quote is not closed, or a backslash stands outside of quotes")
+    try:
+        return re.sub(r'"(?:[^"\\]|\\.)*"', lambda quoted: json.loads(quoted[0], strict=False),
                       match[1].strip())
-
-    @classmethod
-    def unescape(cls, escaped):
-        if escaped[1] not in cls.ESCAPES:
-            raise SettingsError(rf"\{escaped[1]} is not one of \\ \" \n \t")
-        return cls.ESCAPES[escaped[1]]
+    except json.JSONDecodeError:
+        raise SettingsError(r'a backslash stands before none of \ " n t')
 
 
 def load_settings(path=None):
-    """The settings of the file, or the defaults: each name in lower case, and `store`, `dsn`, `path`, `readable`.
+    """The settings of the file, or the defaults: each name in lower case, and `store`, the class of
+    the stores, `dsn` and `path`. An empty value means the default.
 
-    An empty value means the default. Raises SettingsError with file, line and name.
+    Raises SettingsError with file, section and name.
     """
-    rows = {(section.lower(), name.lower()): (name, *row) for section in SETTINGS
-            for name, row in SETTINGS[section].items()}
-    values = {name.lower(): convert(default) for name, default, convert in rows.values()}
-    reader, given, where = ConfigReader(), set(), path
+    values = {}
+    for rows in SETTINGS.values():
+        values.update((name.lower(), convert(default)) for name, (default, convert) in rows.items())
     try:
-        for line, section, name, text in reader.entries(path) if path else ():
-            where = f"{path}:{line}" if line else path
-            if section.lower() not in map(str.lower, SETTINGS):
+        reader = SettingsReader(path) if path else configparser.RawConfigParser()
+        given = reader.sections()
+        for section in given:
+            if section not in SETTINGS:
                 raise SettingsError(f"unknown section [{section}]")
-            given.add(section.lower())
-            if name and (section.lower(), name) not in rows:
-                raise SettingsError(f"unknown name {shown(name)} in [{section}]")
-            if text:
-                written, _, convert = rows[section.lower(), name]
-                try:
-                    text = ConfigReader.unquote(text)
-                    values[name] = convert(text) if text else values[name]
-                except IdpotError as error:
-                    raise SettingsError(f"{written}: {error}")
-        where = path
-        if given >= {"mysql", "sqlite"}:
+            values.update(read_section(section, reader[section]))
+        if "Mysql" in given and "Sqlite" in given:
             raise SettingsError("[Mysql] and [Sqlite] are both given: keep one")
-        if values["workers"] > 1 and "mysql" not in given:
-            raise SettingsError("Workers above 1 need [Mysql]: an SQLite file belongs to one process")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: {getattr(error, 'strerror', None) or error}")
-    except configparser.Error as error:     # its text could show a password
+    except configparser.Error as error:     # its own text could show a password
         line = getattr(error, "lineno", None) or error.errors[0][0]
-        reason = "is there twice" if "Duplicate" in type(error).__name__ else "is neither [section] nor name = value"
+        twice = "Duplicate" in type(error).__name__
+        reason = "is there twice" if twice else "is neither [section] nor name = value"
         raise SettingsError(f"{path}:{line}: this {reason}")
     except SettingsError as error:
-        raise SettingsError(f"{where}: {error}")
-    values["dsn"] = values["connectstring"] or {
+        raise SettingsError(f"{path}: {error}")
+    dsn = values["connectstring"] or {
         "user": values["username"], "password": values["password"], "database": values["dbname"],
-        "hosts": [(values["hostname"], values["port"])], "variables": {}, "tls": "preferred"}
-    values.update(admintoken=values["admintoken"] or values["token"], no_token="")
-    return types.SimpleNamespace(**values, path=path, readable=reader.everybody,
-                                 store=MysqlStore if "mysql" in given else SqliteStore)
+        "hosts": [(values["hostname"], values["port"])], "tls": "preferred", "ignored": []}
+    values["admintoken"] = values["admintoken"] or values["token"]
+    store = MysqlStore if "Mysql" in given else SqliteStore
+    return types.SimpleNamespace(**values, path=path, dsn=dsn, store=store)
 
 
-# -------------------------------------------------------------------------------------------------- logs
+def read_section(title, lines):
+    """The values of one section of the file; raises SettingsError."""
+    rows = {name.lower(): (name, convert) for name, (_, convert) in SETTINGS[title].items()}
+    values = {}
+    for lower, text in lines.items():
+        if lower not in rows:
+            raise SettingsError(f"unknown name {shown(lower)} in [{title}]")
+        name, convert = rows[lower]
+        try:
+            value = unquote(text)
+            if value:
+                values[lower] = convert(value)
+        except IdpotError as error:
+            raise SettingsError(f"[{title}] {name}: {error}")
+    return values
+
+
+# -------------------------------------------------------------------------------------------- logs
 
 class StrftimeFileHandler(logging.Handler):
-    """Appends to the file that a strftime pattern names now, with a symlink to it; a record is one line or many.
+    """Appends to the file that a strftime pattern names now, with a symlink to the newest.
 
-    A file that cannot be written is told once on stderr and tried again at the next record.
+    One thread uses it. A file that cannot be written is told once and tried again each time.
     """
 
     def __init__(self, pattern, link="", clock=time.time):
         super().__init__()
-        self.pattern, self.link, self.clock = pattern, link, clock
-        self.path = self.file = None        # the path is None while no file is open
-        self.failed = self.torn = False     # whether the last write failed, and after half a line
+        self.pattern = pattern
+        self.link = link
+        self.clock = clock
+        self.file = None
+        self.path = None        # of the open file; another one, or none, is opened at the next line
+        self.torn = False       # whether the last line may be half one
         self._open()
 
     def _open(self):
@@ -355,259 +373,395 @@ class StrftimeFileHandler(logging.Handler):
         path = time.strftime(self.pattern, time.localtime(self.clock()))
         if path == self.path:
             return
-        self.reopen()
-        self.file, self.path = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640), path
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o640)
+        if self.file is not None:
+            os.close(self.file)
+        self.file = file
+        self.path = path
         if self.link:
-            if os.path.lexists(self.link) and not os.path.islink(self.link):
-                raise OSError(errno.EEXIST, "LogLinkName is there and is not a symlink", self.link)
-            new = f"{self.link}.{os.getpid()}"
-            os.symlink(os.path.relpath(path, os.path.dirname(self.link) or "."), new)
-            os.replace(new, self.link)      # atomic: the link never misses
+            self._point_link()
+
+    def _point_link(self):
+        if os.path.lexists(self.link) and not os.path.islink(self.link):
+            raise OSError(errno.EEXIST, "LogLinkName is there and is not a symlink", self.link)
+        new = f"{self.link}.{os.getpid()}"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new)      # a crash may have left it
+        os.symlink(os.path.relpath(self.path, os.path.dirname(self.link) or "."), new)
+        os.replace(new, self.link)      # atomic: the link never misses
 
     def emit(self, record):
-        data = whole = memoryview(("\n" * self.torn + record.getMessage() + "\n").encode("ascii", "backslashreplace"))
+        data = ("\n" * self.torn + record.getMessage() + "\n").encode("ascii", "backslashreplace")
         try:
             self._open()
-            while data:     # with O_APPEND the lines of several processes do not mix
-                data = data[os.write(self.file, data):]
-            self.failed = self.torn = False
+            if os.write(self.file, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.torn = False
+            troubles.end("the access log")
         except OSError as error:
-            self.torn = self.torn or len(data) < len(whole)
-            if not self.failed:
-                log.error("the access log cannot be written, its lines are lost: %s", error)
-            self.failed = True
+            self.torn = True
+            text = f"the access log cannot be written, its lines are lost: {error}"
+            troubles.begin("the access log", text, logging.ERROR)
 
     def reopen(self):
-        """Closes the file; the next record opens it anew, after logrotate has moved it."""
-        with self.lock:
-            if self.path is not None:
-                self.path = None
-                os.close(self.file)
+        """Has the next line open the file anew, after logrotate has moved it."""
+        self.path = None
+
+
+class StderrHandler(logging.Handler):
+    """Writes to stderr, past Python's buffer: its lock would hang the exit while a pipe is full."""
+
+    def emit(self, record):
+        with contextlib.suppress(OSError):      # nobody reads it any more
+            os.write(2, (record.getMessage() + "\n").encode("ascii", "backslashreplace"))
+
+
+class BackgroundHandler(logging.Handler):
+    """Passes lines on to another handler in a thread of its own, so that neither IDs nor a stop
+    wait for a full pipe or a hung disk. Where too many lines wait, the oldest are lost."""
+
+    def __init__(self, target):
+        super().__init__()
+        self.target = target
+        self._lines = collections.deque(maxlen=200000)
+        self._news = threading.Event()
+        self._busy = False
+        threading.Thread(target=self._pass_on, daemon=True).start()
+
+    def emit(self, record):
+        self.add(self.format(record))
+
+    def add(self, line):
+        """Adds a line without logging's own cost."""
+        self._lines.append(line)
+        if not self._news.is_set():
+            self._news.set()
+
+    def _pass_on(self):
+        while True:
+            with contextlib.suppress(MemoryError, RuntimeError):
+                self._news.wait()
+                self._busy = True
+                self._news.clear()
+                lines = [self._lines.popleft() for _ in range(len(self._lines))]
+                if lines:
+                    self.target.emit(logging.makeLogRecord({"msg": "\n".join(lines)}))
+            self._busy = False
+            time.sleep(0.1)     # for lines to gather
+
+    def flush(self):
+        """Waits until all is written, for half a second at most."""
+        deadline = time.monotonic() + 0.5
+        while (self._news.is_set() or self._busy) and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+
+class Troubles:
+    """What is wrong now: a trouble is logged when it begins and when it ends, not at each request.
+
+    What comes back soon, as conflicts in a cluster do, is told only if it lasts.
+    """
+    QUIET = 30.0        # seconds after a line in which no other trouble of the subject is told
+
+    def __init__(self, clock=time.monotonic):
+        self._clock = clock
+        self._lock = threading.Lock()   # guards both
+        self._now = {}                  # subject of a trouble -> whether that was told
+        self._quiet = {}                # subject -> until when nothing is told of it
+
+    def begin(self, subject, text, level=logging.WARNING):
+        """Notes that something is wrong with a subject; text is the line that tells it."""
+        with self._lock:
+            now = self._clock()
+            told = self._now.setdefault(subject, False)
+            if told or now < self._quiet.get(subject, now):
+                return
+            self._now[subject] = True
+            self._quiet[subject] = now + self.QUIET
+        log.log(level, "%s", " ".join(text.split()))
+
+    def end(self, subject):
+        """Notes that the subject is well."""
+        if subject in self._now:
+            with self._lock:
+                told = self._now.pop(subject, False)
+            if told:
+                log.info("%s is well again", subject)
+
+
+troubles = Troubles()
 
 
 class AccessLog:
-    """Lines of the NCSA combined format, gathered and written in one piece at each `flush`.
+    """Makes lines of the NCSA combined format of the answers, and counts them for the metrics.
 
-    When the disk hangs, the newest lines are kept, up to a limit.
+    Answers are only noted where they are sent, and worked off in a thread of its own: what a
+    worker does between two answers decides the speed.
     """
     UNSAFE = re.compile(rb'["\\\x00-\x1f\x7f-\xff]')
+    SECRET = re.compile(rb"(?is)(authorization|bearer).*")
 
-    def __init__(self):
-        self._lines = collections.deque(maxlen=200000)
+    def __init__(self, handler, metrics, prefix=""):
+        self._add = handler.add
+        self._metrics = metrics
+        self._prefix = prefix
+        self._lock = threading.Lock()       # held by who works off, so that lines keep their order
+        # (host, head, status, bytes sent, begin, end), these by time.monotonic()
+        self._noted = collections.deque()
+        self._news = threading.Event()
+        threading.Thread(target=self._work, daemon=True).start()
 
-    @staticmethod
-    @functools.lru_cache(maxsize=1)
-    def times(second):
-        """The log's time, and the Date header's (RFC 9110, 6.6.1)."""
-        return (time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(second)),
-                email.utils.formatdate(second, usegmt=True).encode())
+    def note(self, answer):
+        self._noted.append(answer)
+        if not self._news.is_set():
+            self._news.set()
 
-    def add(self, host, moment, line, status, size, tail):
-        self._lines.append(f'{host} - - [{moment}] "{line}" {status} {size or "-"} {tail}')
+    def _work(self):
+        while True:
+            with contextlib.suppress(MemoryError, RuntimeError):
+                self._news.wait()
+                time.sleep(0.02)        # for answers to gather
+                self._news.clear()
+                self.work_off()
 
-    def flush(self):
-        lines = [self._lines.popleft() for _ in range(len(self._lines))]
-        if lines:
-            access_log.info("%s", "\n".join(lines))
+    def work_off(self):
+        """Counts and logs what was noted so far."""
+        with self._lock:
+            epoch = time.time() - time.monotonic()
+            for _ in range(len(self._noted)):
+                host, head, status, size, begin, end = self._noted.popleft()
+                self._metrics.answered(head.route, head.method, status, end - begin)
+                self._add(f"{self._prefix}{host} - - [{log_time(int(epoch + end))}] "
+                          f"\"{head.line}\" {status} {size or '-'} {head.tail}")
 
     @classmethod
     def escape(cls, data):
         """The bytes as Apache logs them: quotes and backslashes escaped, others as \\xhh."""
-        return cls.UNSAFE.sub(lambda m: b"\\" + m[0] if m[0] in b'"\\' else b"\\x%02x" % m[0][0], data).decode()
+        return cls.UNSAFE.sub(cls._escaped, data).decode()
+
+    @staticmethod
+    def _escaped(match):
+        byte = match[0]
+        return b"\\" + byte if byte in b'"\\' else b"\\x%02x" % byte[0]
+
+    @classmethod
+    def escape_malformed(cls, data):
+        """As escape(), without what may be a token."""
+        return cls.escape(cls.SECRET.sub(rb"\1...", data)) or "-"
 
 
-def open_logs(settings):
-    """Sends events to stderr and the access log to LogFile, else stderr too; returns its handler."""
-    events = logging.StreamHandler()
-    events.setFormatter(logging.Formatter("%(asctime)s idpot[%(process)d] %(levelname)s %(message)s",
-                                          "%Y-%m-%d %H:%M:%S"))
-    try:
-        lines = (StrftimeFileHandler(settings.logfile, settings.loglinkname) if settings.logfile
-                 else logging.StreamHandler())
-    except OSError as error:
-        raise StartError(f"LogFile {shown(error.filename or settings.logfile)}: {error.strerror}")
-    log.handlers, access_log.handlers, access_log.propagate = [events], [lines], False
-    log.setLevel(logging.INFO)
-    return lines
+@functools.lru_cache(maxsize=1)
+def log_time(second):
+    return time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(second))
 
 
-# ------------------------------------------------------------------------ what the worker processes share
+class JournalFormatter(logging.Formatter):
+    """For journald, which has a time of its own: a syslog priority before each line."""
+    PRIORITIES = {logging.INFO: "<6>", logging.WARNING: "<4>", logging.ERROR: "<3>"}
 
-class Marks:
-    """The highest ID given per pot by this server, in memory that forked workers share.
+    def format(self, record):
+        prefix = self.PRIORITIES.get(record.levelno, "<6>")
+        return prefix + super().format(record).replace("\n", "\n" + prefix)
 
-    Each worker has two words in a pot's slot, its highest ID and a number that is odd while it has a statement under
-    way. It writes only these, and only from the one thread that serves the pot, so a write needs no lock. A pot gets
-    its slot with the first ID that is given, so that unknown names take none: that first statement is not noted. Its
-    name is then appended to a file of names, in one write; where two workers do so at once, the first counts for both.
+
+def under_journald():
+    """Whether stderr is journald's (systemd.exec(5), JOURNAL_STREAM)."""
+    status = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def open_logs(settings, metrics):
+    """Sends events to stderr, and access lines to LogFile or else to stderr too.
+
+    Returns the handler of the events, that of the lines, and the AccessLog.
     """
-    SLOTS = 1 << 20
-    NAME = 64           # bytes of a name
-
-    def __init__(self, workers):
-        self._workers, self.worker = workers, 0
-        self._names, words = os.memfd_create("names"), os.memfd_create("words")
-        fcntl.fcntl(self._names, fcntl.F_SETFL, os.O_APPEND)
-        os.write(self._names, bytes(self.NAME))                 # slot 0 is no pot's
-        os.ftruncate(words, 8 * 2 * workers * 2 * self.SLOTS)   # sparse, so room for those appended at once costs nothing
-        self._words = memoryview(mmap.mmap(words, 0)).cast("Q")
-        self._known, self._read = {}, 0         # pot -> its first word's index; the names that were read
-        self._lock = threading.Lock()           # guards these
-
-    def get(self, pot):
-        at = self._known.get(pot) or self._find(pot)
-        return max(self._words[at:at + self._workers]) if at else 0
-
-    def put(self, pot, last):
-        at = self._known.get(pot) or self._find(pot) or self._append(pot)
-        if last > self._words[at + self.worker]:
-            self._words[at + self.worker] = last
-
-    def begin(self, pot):
-        """Notes that a statement on the pot is under way, until end()."""
-        at = self._known.get(pot) or self._find(pot)
-        if at:
-            at += self._workers + self.worker
-            self._words[at] = self._words[at] + 1 | 1
-
-    def end(self, pot):
-        at = self._known.get(pot)
-        if at:
-            at += self._workers + self.worker
-            self._words[at] += self._words[at] & 1
-
-    def settled(self, pot, patience):
-        """As get(), once the statements of other workers that are under way have ended, or patience seconds are over,
-        longer than one can take: then its worker was killed amid it."""
-        self.end(pot)
-        at, limit = self._known[pot] + self._workers, time.monotonic() + patience
-        before = self._words[at:at + self._workers].tolist()
-        while time.monotonic() < limit and any(
-                was & 1 and was == now for was, now in zip(before, self._words[at:at + self._workers])):
-            time.sleep(0.001)
-        self.begin(pot)
-        return self.get(pot)
-
-    def _find(self, pot):
-        with self._lock:
-            while name := os.pread(self._names, self.NAME, self.NAME * self._read):
-                self._known.setdefault(name.rstrip(b"\0").decode(), 2 * self._workers * self._read)
-                self._read += 1
-            return self._known.get(pot)
-
-    def _append(self, pot):
-        if self._read >= self.SLOTS:
-            raise Unavailable(f"more than {self.SLOTS} pots are in use")
-        os.write(self._names, pot.encode().ljust(self.NAME, b"\0"))
-        return self._find(pot)
+    journald = under_journald()
+    events = lines = BackgroundHandler(StderrHandler())
+    events.setFormatter(JournalFormatter() if journald else logging.Formatter(
+        "%(asctime)s idpot[%(process)d] %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.handlers = [events]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    if settings.logfile:
+        try:
+            lines = BackgroundHandler(StrftimeFileHandler(settings.logfile, settings.loglinkname))
+        except OSError as error:
+            place = shown(error.filename or settings.logfile)
+            raise StartError(f"LogFile {place}: {error.strerror}")
+    prefix = "<6>" if journald and lines is events else ""
+    return events, lines, AccessLog(lines, metrics, prefix)
 
 
-METHODS = ("GET", "HEAD", "POST", "other")
-STATUSES = (200, 201, 204, 400, 401, 404, 405, 408, 409, 413, 414, 415, 417, 431, 500, 501, 503, 505)
-# MySQL's errors that a new connection or a moment may mend: 1047, 1180, 1205 and 1213 of Galera and locks; 1290, 1792
-# and 1836 of a server that became read-only; 2xxx, 3024 and -1 of a connection that is lost or too slow.
-RETRY = (-1, 1020, 1021, 1040, 1047, 1053, 1114, 1129, 1152, 1158, 1159, 1160, 1161, 1180, 1194, 1195, 1203, 1205, 1213,
-         1290, 1317, 1792, 1836, 1927, 1969, 2002, 2003, 2005, 2006, 2013, 2055, 3024, 3100, 3101, 4031)
-ERRNOS = (*RETRY, 1044, 1045, 1142, "other")
-ROUTES = ("/id/{pot}", "/pot/{pot}", "/pot/create", "/pot/raise", "/pot", "/healthz", "/metrics", "other")
-METRICS = {     # name -> (help, label names, all label values)
-    "idpot_http_requests_total": ("Requests answered.", ("route", "method", "code"),
-                                  list(itertools.product(ROUTES, METHODS, STATUSES))),
-    "idpot_ids_issued_total": ("IDs taken from pots.", (), [()]),
-    "idpot_db_statements_total": ("Statements that took IDs, each for all who waited.", (), [()]),
-    "idpot_db_seconds_total": ("Time spent in the database, summed over connections.", (), [()]),
-    "idpot_db_errors_total": ("Errors of the database.", ("errno",), [(number,) for number in ERRNOS]),
-    "idpot_db_retries_total": ("Requests that were put into a further statement.", (), [()]),
-    "idpot_connections": ("Open HTTP connections.", (), [()]),
+# ----------------------------------------------------------------------------------------- metrics
+
+METRICS = {     # name -> (type, help)
+    "idpot_http_requests_total": ("counter", "Requests answered."),
+    "idpot_http_request_duration_seconds": ("histogram", "From a request's arrival to its answer."),
+    "idpot_http_requests_in_flight": ("gauge", "Requests that wait for their answer."),
+    "idpot_connections": ("gauge", "Open HTTP connections."),
+    "idpot_ids_issued_total": ("counter", "IDs taken from pots."),
+    "idpot_db_statements_total": ("counter", "Statements that took IDs, for all who waited."),
+    "idpot_db_seconds_total": ("counter", "Time in the database, summed over connections."),
+    "idpot_db_errors_total": ("counter", "Errors of the database."),
+    "idpot_db_retries_total": ("counter", "Requests that were put into a further statement."),
+    "idpot_db_connections": ("gauge", "Open connections to the database."),
+    "idpot_build_info": ("gauge", "The version that runs."),
+    "process_cpu_seconds_total": ("counter", "Processor time."),
+    "process_resident_memory_bytes": ("gauge", "Resident memory."),
+    "process_open_fds": ("gauge", "Open file descriptors."),
+    "process_start_time_seconds": ("gauge", "Start since the epoch."),
 }
 
 
-class Counters:
-    """Whole numbers for /metrics in memory that forked workers share: each adds to its own row, all are summed."""
-    INDEX = {key: at for at, key in enumerate(
-        [("heartbeat",), *((name, *labels) for name, metric in METRICS.items() for labels in metric[2])])}
+class Metrics:
+    """What /metrics tells, counted since the start."""
+    BUCKETS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)   # seconds
 
-    def __init__(self, workers):
-        self._words = memoryview(mmap.mmap(-1, 8 * workers * len(self.INDEX))).cast("Q", (workers, len(self.INDEX)))
-        self._lock, self._workers, self.worker = threading.Lock(), workers, 0
-        self.started = time.time()
+    def __init__(self):
+        self._lock = threading.Lock()       # guards the counters; held for an addition only
+        self._counters = collections.Counter()      # series, a name with its labels -> number
+        for name in ("ids_issued", "db_statements", "db_seconds", "db_retries"):
+            self._counters[f"idpot_{name}_total"] = 0
+        self._requests = collections.Counter()      # (route, method, status) -> number
+        self._buckets = [0] * (len(self.BUCKETS) + 1)
+        self._seconds = 0.0
+        self._start = time.time()
 
-    def add(self, amount, *key):
+    def add(self, series, amount=1):
         with self._lock:
-            self._words[self.worker, self.INDEX[key]] += amount
+            self._counters[series] += amount
 
-    def set(self, amount, *key):
-        self._words[self.worker, self.INDEX[key]] = amount
+    def answered(self, route, method, status, elapsed):
+        """Counts a request that was answered, elapsed seconds after its arrival."""
+        method = method if method in ("GET", "HEAD", "POST") else "other"
+        with self._lock:
+            self._requests[route, method, status] += 1
+            self._buckets[bisect.bisect_left(self.BUCKETS, elapsed)] += 1
+            self._seconds += elapsed
 
-    def rows(self, *key):
-        """The number of each worker."""
-        return [self._words[worker, self.INDEX[key]] for worker in range(self._workers)]
+    def text(self, gauges):
+        """The Prometheus text format, version 0.0.4; gauges: further series and their values."""
+        with self._lock:
+            series = {**self._counters, **self._histogram(), **gauges}
+            for (route, method, status), count in self._requests.items():
+                labels = f'{{route="{route}",method="{method}",code="{status}"}}'
+                series["idpot_http_requests_total" + labels] = count
+        series.update(self._process())
+        lines = []
+        for name, (kind, meaning) in METRICS.items():
+            own = re.compile(name + r"(_bucket|_sum|_count)?(\{.*)?")
+            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+            lines += [f"{one} {value}" for one, value in series.items() if own.fullmatch(one)]
+        return "\n".join([*lines, ""])
 
-    def text(self, backend):
-        """The Prometheus text format, version 0.0.4; a series with labels appears when it has counted."""
-        python, lines = sys.version.split()[0], []
-        for name, (meaning, labels, values) in METRICS.items():
-            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {'counter' if '_total' in name else 'gauge'}"]
-            for value in values:
-                total = sum(self.rows(name, *value))
-                pairs = ",".join(f'{label}="{text}"' for label, text in zip(labels, value))
-                if pairs and total:
-                    lines.append(f"{name}{{{pairs}}} {total}")
-                elif not pairs:     # time is counted in nanoseconds
-                    lines.append(f"{name} {total / 1e9 if 'seconds' in name else total}")
-        return "\n".join([
-            *lines, "# HELP idpot_build_info The version that runs.", "# TYPE idpot_build_info gauge",
-            f'idpot_build_info{{version="{__version__}",python="{python}",backend="{backend}"}} 1',
-            "# HELP process_start_time_seconds Start of the server since the epoch.",
-            "# TYPE process_start_time_seconds gauge", f"process_start_time_seconds {self.started:.3f}", ""])
+    def _histogram(self):
+        name, count, rows = "idpot_http_request_duration_seconds", 0, {}
+        for limit, more in zip((*self.BUCKETS, "+Inf"), self._buckets):
+            count += more
+            rows[f'{name}_bucket{{le="{limit}"}}'] = count
+        return {**rows, f"{name}_sum": self._seconds, f"{name}_count": count}
+
+    def _process(self):
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[1])
+        python = sys.version.split()[0]
+        return {
+            f'idpot_build_info{{version="{__version__}",python="{python}"}}': 1,
+            "process_cpu_seconds_total": time.process_time(),
+            "process_resident_memory_bytes": pages * resource.getpagesize(),
+            "process_open_fds": len(os.listdir("/proc/self/fd")),
+            "process_start_time_seconds": self._start,
+        }
 
 
-# ------------------------------------------------------------------------------------------------ stores
+# ------------------------------------------------------------------------------------------ stores
 #
-# A store keeps the pots and is used by one thread at a time. take(pot, count, marks) adds count to the larger of the
-# counter and the pot's mark, durably as far as the engine goes, and returns the new value, which ends the range taken.
-# current, create, raise_to, pots and check do what the API says. They raise NotFound, Exists, Exhausted, Broken,
-# Unavailable, and Retry where the same call may help. start() connects, logs what the engine does not promise,
-# returns a description of the store, and raises StartError.
+# A store keeps the pots; one thread, its worker, uses it. take(pot, count, floor) adds count to the
+# counter, or to floor where the counter is below it, durably as far as the engine goes, and returns
+# the new value, which ends the range taken; floor is the highest ID that this server gave from the
+# pot, None before the first. connect, current, create, raise_to, pots and check do what their names
+# and the API say. They raise NotFound, Exists, Exhausted, Broken, Unavailable, and Retry where the
+# same call may help. `connected` is False before the first connect() and after trouble.
+#
+# start() raises StartError where waiting cannot help; where it can, it does not fail. probe() does
+# what --check promises. Both return a description.
 
 class SqliteStore:
-    """One SQLite file that this process locks; WAL with synchronous=FULL loses nothing at a power cut.
+    """One SQLite file that this process locks; WAL with synchronous=FULL survives a power cut.
 
-    SQLite's integers are signed, so an ID from 2**63 up is kept as ID - 2**64, and IDs are added to in Python.
+    SQLite's integers are signed: an ID from 2**63 up is kept as ID - 2**64, and added to in Python.
     """
-    backend = "sqlite"
-    connections = 1
+    connected = False
 
-    def __init__(self, settings, counters):
-        self._path, self._counters, self._db = settings.file, counters, None
+    @classmethod
+    def all(cls, settings, metrics):
+        """The stores of a server: one."""
+        return [cls(settings, metrics)]
+
+    def __init__(self, settings, metrics):
+        self._path = settings.file
+        self._what = f"SQLite {settings.file}"
+        self._metrics = metrics
+        self._db = None
 
     def start(self):
         try:
-            self._db = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
+            self._db = sqlite3.connect(
+                self._path, timeout=0, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             mode = self._db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
             self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute("CREATE TABLE IF NOT EXISTS pot (name TEXT PRIMARY KEY, id INTEGER NOT NULL)")
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS pot (name TEXT PRIMARY KEY, id INTEGER NOT NULL)")
             self._db.execute("BEGIN IMMEDIATE").execute("COMMIT")
         except sqlite3.Error as error:
             reason = "another process uses it" if "locked" in str(error) else error
             raise StartError(f"SQLite file {shown(self._path)}: {reason}")
         if mode != "wal":
-            raise StartError(f"SQLite file {shown(self._path)} does not take the WAL journal, but {mode}")
-        return f"SQLite {self._path}"
+            raise StartError(f"SQLite file {shown(self._path)} does not take the WAL journal")
+        self.connected = True
+        return self._what
+
+    def probe(self):
+        """Opens nothing by SQLite, which would write; another process may use the file."""
+        what = f"SQLite file {shown(self._path)}"
+        folder = os.path.dirname(self._path) or "."
+        for place in (self._path, folder):
+            if os.path.exists(place) and not os.access(place, os.W_OK):
+                raise StartError(f"{what}: {shown(place)} cannot be written")
+        try:
+            with open(self._path, "rb") as file:
+                if file.read(16) not in (b"", b"SQLite format 3\0"):
+                    raise StartError(f"{what}: file is not a database")
+                # SQLite's own locks are on these bytes: https://sqlite.org/lockingv3.html
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, 510, 0x40000002)
+        except BlockingIOError:
+            return f"{self._what} is in use by another process"
+        except FileNotFoundError:
+            if not os.path.isdir(folder):
+                raise StartError(f"{what}: its folder is not there")
+            return f"{self._what} can be made"
+        except OSError as error:
+            raise StartError(f"{what}: {error.strerror}")
+        return f"{self._what} can be used"
+
+    def connect(self):
+        pass    # start() did
 
     def _execute(self, statement, *values):
         try:
-            return self._db.execute(statement, values)
+            cursor = self._db.execute(statement, values)
+            troubles.end(self._what)
+            return cursor
         except sqlite3.IntegrityError:
             raise Exists(f"pot {shown(values[0])} exists")
         except sqlite3.Error as error:
-            self._counters.add(1, "idpot_db_errors_total", "other")
-            log.warning("SQLite: %s", error)
+            self._metrics.add('idpot_db_errors_total{errno="other"}')
+            troubles.begin(self._what, f"{self._what}: {error}")
             raise Unavailable(f"SQLite: {error}")
 
-    def take(self, pot, count, marks):
-        last = max(self.current(pot), marks.get(pot)) + count
+    def take(self, pot, count, floor):
+        last = max(self.current(pot), floor or 0) + count
         if last > MAX_ID:
             raise Exhausted(f"pot {shown(pot)} is exhausted: fewer than {count} IDs are left")
         return self._set(pot, last)
@@ -618,200 +772,353 @@ class SqliteStore:
             raise NotFound(f"there is no pot {shown(pot)}")
         return row[0] % 2**64
 
+    @staticmethod
+    def _signed(value):
+        return value - 2**64 if value >> 63 else value
+
     def _set(self, pot, value):
-        self._execute("UPDATE pot SET id = ? WHERE name = ?", value - 2**64 if value >> 63 else value, pot)
+        self._execute("UPDATE pot SET id = ? WHERE name = ?", self._signed(value), pot)
         return value
 
     def create(self, pot, low):
-        self._execute("INSERT INTO pot (name, id) VALUES (?, ?)", pot, low - 2**64 if low >> 63 else low)
+        self._execute("INSERT INTO pot (name, id) VALUES (?, ?)", pot, self._signed(low))
 
     def raise_to(self, pot, low):
         return self._set(pot, max(self.current(pot), low))
 
     def pots(self):
-        return [(name, value % 2**64) for name, value in self._execute("SELECT name, id FROM pot ORDER BY name")]
+        rows = self._execute("SELECT name, id FROM pot ORDER BY name")
+        return [(name, value % 2**64) for name, value in rows]
 
-    def check(self):
+    def check(self, pot):
         self._execute("PRAGMA user_version = 1")    # a write: a full disk lets a transaction begin
 
     def close(self):
-        self._db.close()
+        if self._db:
+            self._db.close()    # folds the journal into the file
+
+
+CANNOT = "the database cannot serve this now"
+# MySQL's errors that a new connection or a moment may mend: 1047, 1180, 1205 and 1213 of Galera and
+# of locks; 3092, 3100 and 3101 of Group Replication; 1015, 1290, 1792, 1836, 3032 and 6400 of a
+# server that takes no writes now; 1040, 1203 and 1226 of too many connections; 2xxx, 3024, 4031
+# and -1 of a connection that is lost or too slow.
+RETRIED = frozenset((
+    -1, 1015, 1020, 1021, 1040, 1047, 1053, 1114, 1129, 1152, 1158, 1159, 1160, 1161, 1180, 1194,
+    1195, 1203, 1205, 1213, 1226, 1290, 1317, 1792, 1836, 1927, 1969, 2002, 2003, 2005, 2006, 2013,
+    2055, 3024, 3032, 3092, 3100, 3101, 4031, 6400))
+HUNG = frozenset((1205, 2006, 2013, 2055, 3024))    # also where a timeout is over
+CEILING = frozenset((1264, 1292, 1690, 3819, 4025))     # of a column, of BIGINT, of a CHECK
+OF_ONE_POT = CEILING | frozenset((1054, 1146, 3098))    # the connection stays sound
+
+
+class NotYet(StartError):
+    """The database cannot serve now, but may later."""
+
+
+class Refused(Unavailable):
+    """The server would break the promise, and waiting does not mend that."""
+
+
+class MysqlServers:
+    """The addresses where the database is, and how to connect to one that can issue IDs now."""
+
+    def __init__(self, settings):
+        try:
+            import mysql.connector      # only where it is configured
+        except ImportError:
+            folder = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
+            pip = "" if importlib.util.find_spec("pip") else (
+                "apt-get install -y --no-install-recommends python3-pip && ")
+            raise StartError(f"[Mysql] needs mysql-connector-python: {pip}python3 -m pip install "
+                             f"--target={folder} 'mysql-connector-python>=9.2'")
+        self.driver = mysql.connector
+        self.engine = settings.engine
+        dsn = dict(settings.dsn)
+        self.ignored = dsn.pop("ignored")
+        self._tls = dsn.pop("tls")
+        self._addresses = dsn.pop("hosts") or [None]    # None: the socket
+        self._hung = {}         # address -> when a statement hung there
+        self._group = ""        # name of the replication group, once a server told one
+        self._warned = False    # whether warn_of_engines() has looked
+        self.where = dsn.get("unix_socket") or ",".join("%s:%d" % one for one in self._addresses)
+        # Of the time that a request may wait, half is for the first server to answer. The driver
+        # takes whole seconds, and 0 as no limit.
+        half = settings.timeout / 2
+        for name in ("connection_timeout", "read_timeout", "write_timeout"):
+            limit = min(3, half / 2) if name == "connection_timeout" else half
+            dsn[name] = math.ceil(dsn.get(name) or limit)
+        self.lock_wait = max(1, math.ceil(half) - 1)
+        if dsn.get("charset", "utf8mb4") == "utf8mb4":      # older MariaDB lacks the driver's own
+            dsn.setdefault("collation", "utf8mb4_general_ci")
+        if self._tls == "true":
+            paths = ssl.get_default_verify_paths()
+            dsn.update(ssl_verify_cert=True, ssl_verify_identity=True,
+                       ssl_ca=paths.cafile or paths.openssl_cafile)
+        self.arguments = {**dsn, "autocommit": True, "ssl_disabled": self._tls == "false",
+                          "client_flags": [mysql.connector.ClientFlag.FOUND_ROWS]}
+
+    def connect(self):
+        """(connection, address) of the first address that can issue IDs now; one where a statement
+        hung within the last minute comes last.
+
+        Raises Refused, or else the last address's trouble: the driver's error or Retry.
+        """
+        since = time.monotonic() - 60
+        trouble = None
+        for address in sorted(self._addresses, key=lambda one: self._hung.get(one, since) > since):
+            try:
+                return self._open(address), address
+            except (self.driver.Error, Unavailable) as error:
+                trouble = trouble if isinstance(trouble, Refused) else error
+        raise trouble
+
+    def note_hung(self, address):
+        self._hung[address] = time.monotonic()
+
+    def _open(self, address):
+        place = {"host": address[0], "port": address[1]} if address else {}
+        connection = self.driver.connect(**self.arguments, **place)
+        try:
+            # Whatever the server's defaults are, the promise does not depend on them.
+            connection.cmd_query(
+                f"SET SESSION autocommit=1, lock_wait_timeout={self.lock_wait}, "
+                f"innodb_lock_wait_timeout={self.lock_wait}, sql_safe_updates=0, "
+                "sql_mode='STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'")
+            if self._tls == "skip-verify":
+                if not select_rows(connection, "SHOW STATUS LIKE 'Ssl_cipher'")[0][1]:
+                    raise Retry(f"{CANNOT}: its server offers no TLS")
+            self.check_server(connection)
+            self.warn_of_engines(connection)
+            return connection
+        except (self.driver.Error, Unavailable):
+            connection.close()
+            raise
+
+    def check_server(self, connection):
+        """Raises Retry or Refused where the server cannot issue IDs."""
+        state = global_variables(
+            connection, "read_only", "wsrep_on", "group_replication_group_name")
+        if state.get("wsrep_on") == "ON":
+            ready = select_rows(connection, "SHOW GLOBAL STATUS LIKE 'wsrep_ready'")
+            if ready[0][1] != "ON":
+                raise Retry(f"{CANNOT}: the Galera node is not ready (error 1047)")
+        # A member that is started without the plugin looks like a server that never had a group.
+        group = state.get("group_replication_group_name", "")
+        self._group = self._group or group
+        if group != self._group:
+            raise Retry(f"{CANNOT}: its server is not in the replication group {self._group}")
+        if group:
+            self._check_group(connection)
+        if state.get("read_only", "OFF") not in ("OFF", "0"):
+            raise Retry(f"{CANNOT}: it is read-only (error 1290)")
+        cluster = cluster_kind(state)
+        if cluster:
+            for table, engine in [("Engine", self.engine), *pot_tables(connection)]:
+                if engine.lower() != "innodb":      # each node would count for itself
+                    where = table.replace("pot_", "table pot_", 1)
+                    raise Refused(f"{where}: {cluster} replicates InnoDB only, not {engine}")
+        engines = select_rows(connection, "SHOW ENGINES")
+        known = {name.lower() for name, support, *_ in engines if support in ("YES", "DEFAULT")}
+        if self.engine.lower() not in known:
+            raise Refused(f"Engine: the server has no storage engine {shown(self.engine)}")
+
+    def _check_group(self, connection):
+        """MySQL Group Replication: a server outside its group, or cut off, stays writable."""
+        try:
+            members = select_rows(
+                connection, "SELECT member_id = @@server_uuid, member_state, member_role "
+                            "FROM performance_schema.replication_group_members")
+        except self.driver.Error as error:
+            if error.errno != 1142:
+                raise
+            raise Refused("on Group Replication the account needs GRANT SELECT ON "
+                          "performance_schema.replication_group_members (error 1142)")
+        own = [f"{state} {role}" for mine, state, role in members if mine]
+        if own != ["ONLINE PRIMARY"]:
+            state = own[0].strip() if own else "no member"
+            raise Retry(f"{CANNOT}: its server is {state} in the replication group")
+        if 2 * sum(state == "UNREACHABLE" for _, state, _ in members) >= len(members):
+            raise Retry(f"{CANNOT}: the replication group has lost its majority")
+
+    def warn_of_engines(self, connection):
+        """Tells once which engines forget IDs at a power cut."""
+        if self._warned:
+            return
+        self._warned = True
+        state = global_variables(connection, "innodb_flush_log_at_trx_commit", "flush")
+        engines = {engine.lower(): engine for _, engine in pot_tables(connection)}
+        engines[self.engine.lower()] = self.engine
+        if "innodb" in engines and state.get("innodb_flush_log_at_trx_commit") != "1":
+            log.warning("innodb_flush_log_at_trx_commit is not 1: IDs of the last second come "
+                        "again after a power cut")
+        weak = [engines[one] for one in engines if one not in ("innodb", "aria", "rocksdb")]
+        if weak and state.get("flush") != "ON":
+            log.warning("Engine %s does not survive a power cut: IDs of the last half minute may "
+                        "come again; InnoDB loses none", ", ".join(weak))
+
+
+def run_statement(connection, statement):
+    return connection.cmd_query(statement)
+
+
+def select_rows(connection, query):
+    connection.cmd_query(query)     # a cursor would ping the server first
+    return connection.get_rows()[0]
+
+
+def global_variables(connection, *names):
+    return dict(select_rows(connection, f"SHOW GLOBAL VARIABLES WHERE Variable_name IN {names}"))
+
+
+def cluster_kind(state):
+    """What the server is in a cluster, by its variables; empty where it is in none."""
+    if state.get("wsrep_on") == "ON":
+        return "a Galera node"
+    return "a Group Replication member" if state.get("group_replication_group_name") else ""
+
+
+def pot_tables(connection):
+    """(table, engine) of each pot."""
+    rows = select_rows(connection, "SELECT table_name, engine FROM information_schema.tables WHERE "
+                                   r"table_schema = DATABASE() AND table_name LIKE 'pot\_%' "
+                                   "AND engine IS NOT NULL")
+    return [(table, engine) for table, engine in rows if POT_NAME.fullmatch(table[4:])]
 
 
 class MysqlStore:
-    """A connection to MySQL or MariaDB, made when it is first needed and thrown away after any trouble.
+    """A connection to MySQL or MariaDB, thrown away after any trouble that is not one pot's.
 
     A pot is go-idpot's table: `pot_NAME (id BIGINT UNSIGNED NOT NULL)` with one row.
     """
-    backend = "mysql"
-    connections = 8     # so many slow pots do not hold up the others; MySQL allows 151 connections by default
+    @classmethod
+    def all(cls, settings, metrics):
+        """The stores of a server, each with a connection of its own."""
+        servers = MysqlServers(settings)
+        return [cls(servers, metrics) for _ in range(settings.connections)]
 
-    NOT_REPLICATED = "a Galera node replicates InnoDB only, not {}"
-
-    def __init__(self, settings, counters):
-        try:
-            import mysql.connector      # only where it is configured: SQLite is served with nothing installed
-        except ImportError:
-            raise StartError("[Mysql] needs mysql-connector-python: python3 -m pip install 'mysql-connector-python>=9.2'")
-        self._driver, self._counters, self._engine = mysql.connector, counters, settings.engine
-        # Of the time that a request may wait, half is for the first server to answer, the rest for the next one.
-        self._lock_wait = max(1, math.ceil(settings.timeout / 2) - 1)
-        dsn = dict(settings.dsn)
-        self._hosts, self._variables, self._tls = dsn.pop("hosts"), dsn.pop("variables"), dsn.pop("tls")
-        self._where = dsn.get("unix_socket") or ",".join(f"{host}:{port}" for host, port in self._hosts)
-        self._arguments = {"autocommit": True, "client_flags": [mysql.connector.ClientFlag.FOUND_ROWS],
-                           "ssl_disabled": self._tls == "false", **dsn}
-        half = settings.timeout / 2
-        for name, limit in (("connection_timeout", min(3, half / 2)), ("read_timeout", half), ("write_timeout", half)):
-            self._arguments[name] = math.ceil(dsn.get(name) or limit)       # the driver takes whole seconds, 0 is none
-        if dsn.get("charset", "utf8mb4") == "utf8mb4":      # the driver's own default is unknown to older MariaDB
-            self._arguments.setdefault("collation", "utf8mb4_general_ci")
-        if self._tls == "true":
-            paths = ssl.get_default_verify_paths()
-            self._arguments.update(ssl_verify_cert=True, ssl_verify_identity=True,
-                                   ssl_ca=paths.cafile or paths.openssl_cafile)
+    def __init__(self, servers, metrics):
+        self._servers = servers
+        self._driver_error = servers.driver.Error
+        self._metrics = metrics
         self._connection = None
-        self._trouble = None    # the error number that was logged last, until the database answers again
+        self._address = None
+        self._subject = f"MySQL {servers.where}"
+        self._what = f"{self._subject}/{servers.arguments['database']}, {servers.engine}"
+
+    @property
+    def connected(self):
+        return self._connection is not None
 
     def start(self):
+        if self._servers.ignored:
+            log.warning("ConnectString: these parameters are ignored: %s",
+                        ", ".join(self._servers.ignored))
         try:
-            self._connection = self._connect()
-            self._check_engine()
-        except self._driver.Error as error:
-            kind = SettingsError if error.errno in (1193, 1231, 1232) else StartError   # of a session variable
-            raise kind(f"MySQL {self._where}: {error.msg}")
-        return f"MySQL {self._where}/{self._arguments['database']}, {self._engine}"
+            self.probe()
+        except NotYet as error:
+            self._tell(error.__cause__)
+        return self._what
+
+    def probe(self):
+        try:
+            self._connect()
+            return f"{self._what} is reached"
+        except Refused as error:
+            raise SettingsError(str(error))
+        except Unavailable as error:
+            cause = error.__cause__
+            reason = cause.msg if cause else str(error)
+            # What the two forms of the driver say to caching_sha2_password without TLS.
+            if cause and cause.errno == (2061 if self._servers.driver.HAVE_CEXT else 1045):
+                reason += "; such an account may need TLS on the server, or its socket: unix(/path)"
+            kind = NotYet if isinstance(error, Retry) else StartError
+            raise kind(f"{self._subject}: {' '.join(reason.split())}") from error
+
+    def connect(self):
+        """Connects where there is no connection; raises Retry, Refused or Unavailable."""
+        try:
+            self._connect()
+        except Unavailable as error:
+            self._tell(error)
+            raise
 
     def _connect(self):
-        """A connection to the first address where IDs can be issued; raises the last address's error.
-
-        A Galera node that feeds a joining one says that it is ready, and lets every write hang: it comes last.
-        """
-        spare = None
-        for host, port in self._hosts or [(None, None)]:
+        if not self._connection:
             try:
-                connection = self._driver.connect(**self._arguments, **({"host": host, "port": port} if host else {}))
-                try:
-                    if self._prepare(connection):
-                        return connection
-                except self._driver.Error:
-                    connection.close()
-                    raise
-                spare = spare or connection
-            except self._driver.Error as error:
-                last = error
-        if spare:
-            return spare
-        raise last
+                self._connection, self._address = self._servers.connect()
+            except self._driver_error as error:
+                raise self._translated(error) from error
 
-    def _prepare(self, connection):
-        variables = {"lock_wait_timeout": self._lock_wait, "innodb_lock_wait_timeout": self._lock_wait,
-                     "sql_safe_updates": 0, "sql_mode": "'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'", **self._variables}
-        connection.cmd_query("SET SESSION " + ", ".join(f"{name}={value}" for name, value in variables.items()))
-        if self._tls == "skip-verify" and not self._select(connection, "SHOW STATUS LIKE 'Ssl_cipher'")[0][1]:
-            raise self._driver.Error("the server offers no TLS", errno=2026)
-        return self._check_writable(connection)
+    def _tell(self, error):
+        """Logs an error that is not one pot's; the driver's own says more."""
+        troubles.begin(self._subject, f"{self._subject}: {error.__cause__ or error}")
 
-    def _check_writable(self, connection):
-        """Whether the server is no Galera node in a state transfer; raises the driver's error where it takes no writes."""
-        state = self._variables_of(connection, "read_only", "wsrep_on")
-        node = {"wsrep_ready": "ON", "wsrep_local_state": "4"}      # 4: Synced
-        if state.get("wsrep_on") == "ON":
-            node.update(self._select(connection, f"SHOW GLOBAL STATUS WHERE Variable_name IN {tuple(node)}"))
-        if node["wsrep_ready"] != "ON":
-            raise self._driver.Error("the Galera node is not ready", errno=1047)
-        if state.get("read_only", "OFF") not in ("OFF", "0"):
-            raise self._driver.Error("the server is read-only", errno=1290)
-        return node["wsrep_local_state"] == "4"
+    def _run(self, pot, function, *arguments):
+        """What function(connection, *arguments) returns.
 
-    @staticmethod
-    def _select(connection, query):
-        connection.cmd_query(query)     # a cursor would ping the server first
-        return connection.get_rows()[0]
-
-    def _variables_of(self, connection, *names):
-        return dict(self._select(connection, f"SHOW GLOBAL VARIABLES WHERE Variable_name IN {names}"))
-
-    def _has_engine(self, connection):
-        return any(name.lower() == self._engine.lower() and support in ("YES", "DEFAULT")
-                   for name, support, *_ in self._select(connection, "SHOW ENGINES"))
-
-    def _check_engine(self):
-        """Warns of an engine that forgets IDs at a power cut; refuses one that is missing or wrong for Galera."""
-        state = self._variables_of(self._connection, "wsrep_on", "innodb_flush_log_at_trx_commit", "flush")
-        if not self._has_engine(self._connection):
-            raise SettingsError(f"Engine: the server has no storage engine {shown(self._engine)}")
-        engines = {self._engine.lower(): (self._engine, "Engine")}      # of new pots, and of those that are there
-        for table, engine in self._tables():
-            engines.setdefault(engine.lower(), (engine, f"table {table}"))
-        for name, (engine, where) in engines.items():
-            if name != "innodb" and state.get("wsrep_on") == "ON":
-                raise SettingsError(f"{where}: {self.NOT_REPLICATED.format(engine)}")
-        if "innodb" in engines and state.get("innodb_flush_log_at_trx_commit") != "1":
-            log.warning("innodb_flush_log_at_trx_commit is not 1: IDs of the last second come again after a power cut")
-        weak = [engine for name, (engine, _) in engines.items() if name not in ("innodb", "aria", "rocksdb")]
-        if weak and state.get("flush") != "ON":
-            log.warning("Engine %s does not survive a power cut: IDs of the last half minute may come again; "
-                        "InnoDB loses none", ", ".join(weak))
-
-    def _tables(self):
-        query = (r"SELECT table_name, engine FROM information_schema.tables WHERE table_schema = DATABASE() "
-                 r"AND table_name LIKE 'pot\_%' AND engine IS NOT NULL")
-        return [row for row in self._select(self._connection, query) if POT_NAME.fullmatch(row[0][4:])]
-
-    @contextlib.contextmanager
-    def _connected(self, pot=""):
-        """The connection; errors of the driver become ours, and all but those about one pot end the connection."""
-        sound = False
+        The driver's errors become ours, and all but those of one pot end the connection.
+        """
+        self.connect()
+        start = time.monotonic()
         try:
-            if not self._connection:
-                self._connection = self._connect()
-            yield self._connection
-            sound = True
-            if self._trouble:
-                self._trouble = None
-                log.info("MySQL %s answers again", self._where)
-        except self._driver.Error as error:
-            sound = error.errno in (1146, 1054, 1264, 1690)
-            if error.errno == 1146:
-                raise NotFound(f"there is no pot {shown(pot)}")
-            if error.errno == 1054:
-                raise Broken(f"the table of pot {shown(pot)} has no column id")
-            if error.errno in (1264, 1690):     # a column that is smaller than go-idpot's
-                raise Exhausted(f"pot {shown(pot)} is exhausted: its column holds no greater number")
-            self._counters.add(1, "idpot_db_errors_total", error.errno if error.errno in ERRNOS else "other")
-            if self._trouble != error.errno:
-                self._trouble = error.errno
-                log.warning("MySQL %s: %s", self._where, error)
-            kind = Retry if error.errno in RETRY else Unavailable
-            raise kind(f"the database cannot serve this now (error {error.errno})")
-        finally:
-            if not sound:
-                self.close()
+            return function(self._connection, *arguments)
+        except self._driver_error as error:
+            waited = time.monotonic() - start
+            if error.errno in HUNG and waited > 0.9 * self._servers.lock_wait:
+                self._servers.note_hung(self._address)
+            failure = self._translated(error, pot)
+            failure.__cause__ = error
+        except Unavailable as error:
+            failure = error
+        if failure.__cause__ is None or failure.__cause__.errno not in OF_ONE_POT:
+            self.close()
+            self._tell(failure)
+        raise failure
+
+    def _select(self, query, pot=""):
+        return self._run(pot, select_rows, query)
+
+    def _translated(self, error, pot=""):
+        """The IdpotError for an error of the driver."""
+        if error.errno == 1146:
+            return NotFound(f"there is no pot {shown(pot)}")
+        if error.errno == 1054:
+            return Broken(f"the table of pot {shown(pot)} has no column id")
+        if error.errno in CEILING:
+            return Exhausted(f"pot {shown(pot)} is exhausted: its table holds no greater number")
+        self._metrics.add(f'idpot_db_errors_total{{errno="{error.errno}"}}')
+        kind = Retry if error.errno in RETRIED else Unavailable
+        return kind(f"{CANNOT} (error {error.errno})")
 
     def _update(self, pot, value):
-        """Sets the counter and returns the argument of LAST_INSERT_ID in one round trip; 0 where it was not called."""
-        with self._connected(pot) as connection:
-            done = connection.cmd_query(f"UPDATE `pot_{pot}` SET id = {value}")
+        """Sets the counter to an SQL value; returns the argument of LAST_INSERT_ID in it, from the
+        same reply, or 0 where that was not called."""
+        done = self._run(pot, run_statement, f"UPDATE `pot_{pot}` SET id = {value}")
+        troubles.end(self._subject)
         if done["affected_rows"] != 1:      # with FOUND_ROWS: the rows there are
-            raise Broken(f"the table of pot {shown(pot)} has {done['affected_rows']} rows instead of one")
+            raise Broken(f"the table of pot {shown(pot)} has {done['affected_rows']} rows, not one")
         return done["insert_id"]
 
-    def take(self, pot, count, marks):
-        # MariaDB's GREATEST(id, 5) is signed and fails from 2**63 up: with a CAST it serves the rare counter that is
-        # below its mark; the statement of every day asks for a counter that is not.
-        with self._connected(pot):      # first: others may give IDs while this one connects
-            floor, limit = marks.get(pot), MAX_ID - count
-        last = self._update(pot, f"IF(id BETWEEN {floor} AND {limit}, LAST_INSERT_ID(id + {count}), id)")
-        if last:
-            return last
+    def take(self, pot, count, floor):
+        if floor is None:
+            self.current(pot)       # raises Broken where the table would not count
+            floor = 0
+        # The statement of every day asks for a counter that is not below the floor.
+        limit = MAX_ID - count
+        last = self._update(
+            pot, f"IF(id BETWEEN {floor} AND {limit}, LAST_INSERT_ID(id + {count}), id)")
+        return last or self._take_above(pot, count, floor, limit)
+
+    def _take_above(self, pot, count, floor, limit):
+        """As take(), for a counter that is below the floor or above the limit."""
         current = self.current(pot)
         if current < floor:
-            floor = marks.settled(pot, self._arguments["read_timeout"] + 1)
-            log.warning("the counter of pot %s was set back to %d, but %d was given: it goes on above that",
-                        pot, current, floor)
+            log.warning("the counter of pot %s was set back to %d, but %d was given: it goes on "
+                        "above that", pot, current, floor)
         if max(current, floor) > limit:
             raise Exhausted(f"pot {shown(pot)} is exhausted: fewer than {count} IDs are left")
+        # MariaDB's GREATEST(id, 5) is signed and fails from 2**63 up: hence the CAST.
         higher = f"GREATEST(id, CAST({floor} AS UNSIGNED))"
         last = self._update(pot, f"IF(id <= {limit}, LAST_INSERT_ID({higher} + {count}), id)")
         if not last:
@@ -819,253 +1126,431 @@ class MysqlStore:
         return last
 
     def current(self, pot):
-        with self._connected(pot) as connection:
-            rows = self._select(connection, f"SELECT id FROM `pot_{pot}` LIMIT 2")
+        rows = self._select(f"SELECT id FROM `pot_{pot}` LIMIT 2", pot)
         if len(rows) != 1:
-            raise Broken(f"the table of pot {shown(pot)} has {'several rows' if rows else 'no row'} instead of one")
-        if type(rows[0][0]) is not int:
-            raise Broken(f"the table of pot {shown(pot)} holds no number")
-        return rows[0][0]
+            count = "several rows" if rows else "no row"
+            raise Broken(f"the table of pot {shown(pot)} has {count}, not one")
+        value = rows[0][0]
+        if type(value) is not int or value < 0:     # DOUBLE and VARCHAR would repeat IDs
+            raise Broken(f"the table of pot {shown(pot)} holds no whole number from 0 up")
+        return value
 
     def create(self, pot, low):
-        """Makes the table and its row under a lock, as go-idpot does: so a table without a row was left by a crash."""
-        with self._connected(pot) as connection:
-            if self._engine.lower() != "innodb" and self._variables_of(connection, "wsrep_on", "").get("wsrep_on") == "ON":
-                raise Unavailable(self.NOT_REPLICATED.format(self._engine))
-            if not self._select(connection, f"SELECT GET_LOCK('pot_{pot}', {self._lock_wait})")[0][0]:
-                raise Retry(f"another create of pot {shown(pot)} takes too long")
-            try:
-                key = " PRIMARY KEY" if self._engine.lower() == "innodb" else ""    # Galera, Group Replication need one
-                connection.cmd_query(f"CREATE TABLE IF NOT EXISTS `pot_{pot}` (id BIGINT UNSIGNED NOT NULL{key}) "
-                                     f"ENGINE={self._engine}")
-                empty = not self._select(connection, f"SELECT id FROM `pot_{pot}` LIMIT 1")
-                if empty:
-                    connection.cmd_query(f"INSERT INTO `pot_{pot}` (id) VALUES ({low})")
-                self._select(connection, f"SELECT RELEASE_LOCK('pot_{pot}')")
-            except self._driver.Error:
-                self.close()    # and with it the lock
-                raise
-        if not empty:
+        """Makes the table and its row under a lock: a table without a row was left by a crash."""
+        engine = self._servers.engine
+        cluster = cluster_kind(self._run(
+            pot, global_variables, "wsrep_on", "group_replication_group_name"))
+        if cluster and engine.lower() != "innodb":
+            raise Unavailable(f"{cluster} replicates InnoDB only, not {engine}")
+        if not self._select(f"SELECT GET_LOCK('pot_{pot}', {self._servers.lock_wait})")[0][0]:
+            raise Retry(f"another create of pot {shown(pot)} takes too long")
+        try:
+            # Galera and Group Replication need a primary key; go-idpot's tables have none.
+            key = " PRIMARY KEY" if engine.lower() == "innodb" else ""
+            self._run(pot, run_statement, f"CREATE TABLE IF NOT EXISTS `pot_{pot}` "
+                                          f"(id BIGINT UNSIGNED NOT NULL{key}) ENGINE={engine}")
+            there = self._select(f"SELECT id FROM `pot_{pot}` LIMIT 1", pot)
+            if not there:
+                self._run(pot, run_statement, f"INSERT INTO `pot_{pot}` (id) VALUES ({low})")
+            self._select(f"SELECT RELEASE_LOCK('pot_{pot}')")
+        except IdpotError:
+            self.close()    # and with it the lock
+            raise
+        if there:
             raise Exists(f"pot {shown(pot)} exists")
 
     def raise_to(self, pot, low):
-        return self._update(pot, f"LAST_INSERT_ID(GREATEST(id, CAST({low} AS UNSIGNED)))")
+        self.current(pot)       # raises Broken
+        value = self._update(pot, f"LAST_INSERT_ID(GREATEST(id, CAST({low} AS UNSIGNED)))")
+        if value < low:     # MariaDB, where the column is signed
+            raise Exhausted(f"pot {shown(pot)} is exhausted: its table holds no greater number")
+        return value
 
     def pots(self):
-        with self._connected():
-            names = [table[4:] for table, _ in self._tables()]
-        return sorted(row for at in range(0, len(names), 100) for row in self._currents(names[at:at + 100]))
+        names = [table[4:] for table, _ in self._run("", pot_tables)]
+        rows = []
+        for at in range(0, len(names), 100):
+            rows += self._currents(names[at:at + 100])
+        return sorted(rows)
 
     def _currents(self, pots):
         """(pot, current ID) of each, in one statement; "-" for a pot that has none."""
-        with contextlib.suppress(NotFound, Broken), self._connected() as connection:
-            rows = self._select(connection, " UNION ALL ".join(
+        with contextlib.suppress(NotFound, Broken):
+            rows = self._select(" UNION ALL ".join(
                 f"(SELECT '{pot}', id FROM `pot_{pot}` LIMIT 2)" for pot in pots))
-            if sorted(pots) == sorted(pot for pot, _ in rows) and all(type(value) is int for _, value in rows):
+            whole = all(type(value) is int and value >= 0 for _, value in rows)
+            if whole and sorted(pots) == sorted(pot for pot, _ in rows):
                 return rows
-        return [(pots[0], "-")] if len(pots) == 1 else [row for pot in pots for row in self._currents([pot])]
+        if len(pots) == 1:
+            return [(pots[0], "-")]
+        half = len(pots) // 2
+        return self._currents(pots[:half]) + self._currents(pots[half:])
 
-    def check(self):
-        with self._connected() as connection:
-            self._check_writable(connection)
-            if not self._has_engine(connection):
-                raise Unavailable(f"the server has no storage engine {shown(self._engine)} now")
+    def check(self, pot):
+        """Raises Unavailable where no ID could be issued now; pot: the one used last, if any."""
+        self._run("", self._servers.check_server)
+        tables = [f"pot_{pot}"] if pot else [table for table, _ in self._run("", pot_tables)]
+        for table in tables[:1]:        # takes the locks and needs the privilege
+            with contextlib.suppress(NotFound, Broken):
+                self._run("", run_statement, f"UPDATE `{table}` SET id = id")
 
     def close(self):
         connection, self._connection = self._connection, None
         if connection:
-            with contextlib.suppress(self._driver.Error):
+            with contextlib.suppress(self._driver_error):
                 connection.close()
 
 
-# -------------------------------------------------------------------------------------------- allocation
+# -------------------------------------------------------------------------------------- allocation
+#
+# Requests on one pot that wait together are served by ONE statement. A request becomes a Job;
+# submit() puts it into its pot's queue; a worker, a thread that owns one store for life, takes a
+# whole queue, adds up its counts, runs the statement, and hands each job its IDs in order of
+# arrival. While the statement runs, arrivals gather for the next one.
 
 class Job:
-    """What a request wants of a pot's store: `count` IDs, or with count 0 the method and arguments of `call`.
+    """What a request wants of a pot: `count` IDs, or with count 0 what `call` says, a store's
+    method and its arguments.
 
-    done(value, error) is called once, by the worker, or by Allocator.expire when the time is over.
+    answer(value, error) is called once: with the last of the IDs or what the method returned, or
+    with an IdpotError, by the worker, or by expire() when `patience` seconds are over. It is tried
+    again `retries` times at most. gone() tells whether its client has gone.
     """
-    __slots__ = ("count", "call", "done", "gone", "start", "tries", "_open")
+    patience = 10.0
+    retries = math.inf
+    tries = 0
+    trouble = None      # the last error after which it was to be tried again
 
-    def __init__(self, count, call, done, gone):
-        self.count, self.call, self.done, self.gone = count, call, done, gone
-        self.start, self.tries, self._open = time.monotonic(), 0, [True]
+    def __init__(self, answer, count=0, call=None, **limits):
+        self.answer = answer
+        self.count = count
+        self.call = call
+        self.start = time.monotonic()
+        self._taken = threading.Lock()      # held for ever by the thread that answers
+        if limits:
+            self.__dict__.update(limits)    # patience, retries, gone
 
-    def pending(self):
-        return bool(self._open)
+    def gone(self):
+        return False
 
     def finish(self, value=None, error=None):
-        try:
-            self._open.pop()    # atomic: one of the threads that try gets it
-        except IndexError:
-            return
-        self.done(value, error)
+        """Answers, unless that was done before."""
+        if self._taken.acquire(blocking=False):
+            self.answer(value, error)
+
+    def expire(self):
+        """Answers that the time is over, and why."""
+        trouble = self.trouble
+        reason = f"{trouble}, tried for" if trouble else "the database did not answer in"
+        self.finish(error=Unavailable(f"{reason} {self.patience:g} seconds"))
+
+    def wanted(self):
+        """False where it was answered, or where its client closed after a second of waiting."""
+        if time.monotonic() - self.start > 1 and self.gone():
+            self.finish(error=Unavailable("the client has closed its side"))
+        return not self._taken.locked()
+
+
+class Worker:
+    """A thread of the allocator, and the store that it owns."""
+
+    def __init__(self, store):
+        self.store = store
+        self.wakes = queue.SimpleQueue()
+        self.thread = None
+        self.busy_since = None      # None while it waits for work
+        self.failures = 0           # of connecting, in a row
+
+
+# Queues for what concerns no pot, with names that no pot can have.
+ALL_POTS = "all pots"
+HEALTH = "health"
 
 
 class Allocator:
-    """Gathers jobs; all that wait for one pot are served together, by threads that take() a pot and serve() it.
+    """The queues of the pots and the workers that serve them.
 
-    While a pot's statement runs, arrivals gather; the next statement takes the sum of their counts. A pot has one
-    thread at most, so a slow pot holds up no other while a thread is free.
+    A pot has one worker at most, so a slow pot holds up no other while a worker is free. A worker
+    connects before it takes a pot: one that cannot leaves the pot to the others.
     """
 
-    def __init__(self, settings, marks, counters, stores):
-        self._settings, self._marks, self._counters = settings, marks, counters
-        self._lock = threading.Lock()       # guards these four
-        self._stores = stores               # that no thread uses; the one that was used last is the next
-        self._jobs = {}                     # pot -> jobs that wait; it is there while a thread has the pot or should
-        self._serving = {}                  # pot -> jobs that a thread has taken from there
-        self._pots = collections.deque()    # pots that wait for a thread
-        # Held while a group's answers are sent, and while the server reads what has come: two threads that take the
-        # GIL from each other at each system call get less done (wrk -c64: 17,300/s; so 19,100/s).
-        self.turn = threading.RLock()
+    def __init__(self, stores, metrics, stuck=60.0):
+        self._metrics = metrics
+        self._stuck = stuck     # seconds after which a busy worker is taken for dead
+        self._workers = [Worker(store) for store in stores]
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()       # guards the next three; no statement or answer under it
+        self._queues = {}                   # pot -> jobs that wait; there from submit until served
+        self._pots = collections.deque()    # pots with jobs that no worker has, oldest first
+        self._idle = []                     # workers without work; the one used last is the next
+        self._highest = {}                  # pot -> highest ID given; its worker writes it
+        self.last_pot = ""                  # the pot that IDs were taken from last, for /healthz
+
+    def start(self):
+        for worker in self._workers:
+            worker.thread = threading.Thread(target=self._work, args=(worker,), daemon=True)
+            worker.thread.start()
 
     def submit(self, pot, job):
+        """Queues a job; it is answered whatever happens, if somebody expires it in the end."""
         with self._lock:
-            if pot in self._jobs:
-                return self._jobs[pot].append(job)
-            self._jobs[pot] = [job]
+            if pot in self._queues:
+                self._queues[pot].append(job)
+                return
+            self._queues[pot] = [job]
             self._pots.append(pot)
+            self._wake_one()
 
-    def waiting(self):
-        """Whether a pot waits for a thread, and a store for a pot."""
-        return bool(self._pots and self._stores)
+    def alive(self):
+        """Whether each worker lives and has not been busy with one thing for too long."""
+        oldest = time.monotonic() - self._stuck
+        return all(worker.thread.is_alive() and (worker.busy_since or math.inf) > oldest
+                   for worker in self._workers)
 
-    def take(self):
-        """The next pot and a store, for serve(); None where no pot waits, or each store has one."""
+    def connections(self):
+        return sum(worker.store.connected for worker in self._workers)
+
+    def stop(self, patience=1.0):
+        """Has the workers close their stores and end; waits patience seconds at most."""
+        self._stopped.set()
+        for worker in self._workers:
+            worker.wakes.put(None)
+        deadline = time.monotonic() + patience
+        for worker in self._workers:
+            worker.thread.join(max(0, deadline - time.monotonic()))
+
+    def _wake_one(self):
+        """Wakes the next worker, if one is idle. The lock is held."""
+        if self._idle:
+            self._idle.pop().wakes.put(None)
+
+    def _work(self, worker):
+        """What a worker's thread does."""
+        while not self._stopped.is_set():
+            try:
+                self._work_once(worker)
+            except Exception:       # MemoryError, say: the worker lives on
+                with contextlib.suppress(MemoryError, RuntimeError):
+                    log.exception("a worker")
+        worker.store.close()
+
+    def _work_once(self, worker):
+        """Serves the pot that has waited longest, or waits for one, or for a connection."""
         with self._lock:
-            if not self.waiting():
-                return None
-            pot = self._pots.popleft()
-            self._serving[pot], self._jobs[pot] = self._jobs[pot], []
-            return pot, self._stores.pop()
+            connected = worker.store.connected
+            pot = self._pots.popleft() if self._pots and connected else None
+            wanted = bool(pot or self._pots)
+            if not wanted:      # those that are connected are taken first
+                self._idle.insert(len(self._idle) if connected else 0, worker)
+        if pot:
+            self._serve(pot, worker.store)
+        elif wanted:
+            self._connect(worker)
+        else:
+            worker.busy_since = None
+            worker.wakes.get()
+        worker.busy_since = time.monotonic()
 
-    def expire(self, limit):
-        """Fails the jobs that have waited for more than limit seconds."""
-        oldest = time.monotonic() - limit
-        with self._lock:
-            late = [job for jobs in (*self._jobs.values(), *self._serving.values()) for job in jobs if job.start < oldest]
-        for job in late:
-            job.finish(error=Unavailable(f"the database did not answer in {self._settings.timeout:g} seconds"))
-
-    def serve(self, pot, store):
-        """Serves the jobs of a pot that was taken; after a random wait those that may be tried again wait anew."""
-        jobs, again = self._serving[pot], []
+    def _connect(self, worker):
+        """Connects; where that fails another worker may have a connection, and this one waits."""
         try:
-            self._serve(pot, [job for job in jobs if self._wanted(job)], store)
-        except Retry:
-            again = [job for job in jobs if job.pending()]
-            for job in again:
-                job.tries += 1
-            self._counters.add(len(again), "idpot_db_retries_total")
-            time.sleep(random.uniform(0, min(1.0, 0.02 * 2 ** max((job.tries for job in again), default=0))))
-        except Exception:
-            log.exception("pot %s", pot)
-            for job in jobs:
-                job.finish(error=IdpotError("internal error"))
-        with self._lock:
-            self._stores.append(store)
-            del self._serving[pot]
-            self._jobs[pot][:0] = again     # before later ones
-            if self._jobs[pot]:
-                self._pots.append(pot)      # behind those that wait
-            else:
-                del self._jobs[pot]
+            worker.store.connect()
+            worker.failures = 0
+        except Unavailable as error:
+            with self._lock:
+                waiting = [job for pot in self._pots for job in self._queues[pot]]
+                self._wake_one()
+            self._put_off(waiting, error)
+            worker.failures += 1
+            self._pause(worker.failures)
 
     @staticmethod
-    def _wanted(job):
-        """False for a job that was told to wait no more, or whose client has closed after a second of waiting."""
-        if time.monotonic() - job.start > 1 and job.gone():
-            job.finish(error=Unavailable("the client has closed its side"))
-        return job.pending()
+    def _put_off(jobs, error):
+        for job in jobs:
+            job.trouble = error
+            job.tries += 1
+            if job.tries > job.retries:
+                job.finish(error=error)
 
-    def _serve(self, pot, jobs, store):
+    def _pause(self, tries):
+        """Waits a random time, longer after more tries, at most a second."""
+        self._stopped.wait(random.uniform(0, min(1.0, 0.02 * 2 ** min(tries, 10))))
+
+    def _serve(self, pot, store):
+        """Serves the jobs that wait for the pot; those to be tried again come before later ones."""
+        with self._lock:
+            jobs, self._queues[pot] = self._queues[pot], []
+        again = []
+        failed = jobs       # unless nothing unexpected happens
+        try:
+            self._serve_jobs(pot, [job for job in jobs if job.wanted()], store)
+            failed = []
+        except Retry as error:
+            failed = []
+            self._put_off(jobs, error)
+            again = [job for job in jobs if job.wanted()]
+            self._metrics.add("idpot_db_retries_total", len(again))
+            self._pause(max(job.tries for job in jobs))
+        finally:
+            for job in failed:
+                job.finish(error=IdpotError("internal error"))
+            with self._lock:
+                self._queues[pot][:0] = again
+                if self._queues[pot]:
+                    self._pots.append(pot)      # behind those that wait
+                else:
+                    del self._queues[pot]
+
+    def _serve_jobs(self, pot, jobs, store):
         takes = [job for job in jobs if job.count]
         if takes:
             self._take(pot, takes, store)
-        others = {}     # one statement answers all who ask the same, except that only one creates a pot
+        calls = {}      # one call answers all who ask the same, except that only one creates a pot
         for job in jobs:
-            if job.call and job.pending():
-                others.setdefault(job if job.call[0] == "create" else job.call, []).append(job)
-        for group in others.values():
+            if not job.count:
+                key = job if job.call[0] == "create" else job.call
+                calls.setdefault(key, []).append(job)
+        for group in calls.values():
             self._call(pot, group, store)
 
     def _call(self, pot, jobs, store):
-        (name, *arguments), value, failure = jobs[0].call, None, None
+        name, *arguments = jobs[0].call
+        value = failure = None
         try:
             value = self._timed(getattr(store, name), *arguments)
             if name == "raise_to":
-                self._marks.put(pot, value)
-        except IdpotError as error:
-            # A probe is told soon, but the store's connection may have been lost while nobody used it.
-            if isinstance(error, Retry) and (name != "check" or not any(job.tries for job in jobs)):
-                raise
-            failure = error
-        with self.turn:
-            for job in jobs:
-                job.finish(value, failure)
-
-    def _timed(self, call, *arguments):
-        start = time.perf_counter_ns()
-        try:
-            return call(*arguments)
-        finally:
-            self._counters.add(time.perf_counter_ns() - start, "idpot_db_seconds_total")
-
-    def _take(self, pot, jobs, store):
-        total = sum(job.count for job in jobs)
-        self._counters.add(1, "idpot_db_statements_total")
-        self._marks.begin(pot)
-        try:
-            last = self._timed(store.take, pot, total, self._marks)
-            self._marks.put(pot, last)
+                self._highest[pot] = max(value, self._highest.get(pot, 0))
+            elif name == "create":      # its row is as it should be, without a look
+                self._highest.setdefault(pot, arguments[1])
         except Retry:
             raise
         except IdpotError as error:
-            if isinstance(error, Exhausted) and len(jobs) > 1:      # some of them may fit
-                for job in jobs:
-                    self._take(pot, [job], store)
-            else:
-                for job in jobs:
-                    job.finish(error=error)
+            failure = error
+        for job in jobs:
+            job.finish(value, failure)
+
+    def _take(self, pot, jobs, store):
+        """Takes the sum of the counts from the pot, and hands the IDs out in order."""
+        total = sum(job.count for job in jobs)
+        try:
+            last = self._timed(store.take, pot, total, self._highest.get(pot))
+        except Retry:
+            raise
+        except IdpotError as error:
+            if type(error) is Unavailable:
+                self.last_pot = pot
+            self._fail(pot, jobs, store, error)
             return
-        finally:
-            self._marks.end(pot)
-        self._counters.add(total, "idpot_ids_issued_total")
+        self._highest[pot] = last
+        self.last_pot = pot
+        self._metrics.add("idpot_db_statements_total")
+        self._metrics.add("idpot_ids_issued_total", total)
+        troubles.end(f"pot {pot}")
         last -= total
-        with self.turn:
+        for job in jobs:
+            last += job.count
+            job.finish(last)
+
+    def _fail(self, pot, jobs, store, error):
+        """Answers the error, but where too many IDs were asked for together some may fit alone."""
+        if isinstance(error, Broken):
+            troubles.begin(f"pot {pot}", str(error))
+        if isinstance(error, Exhausted) and len(jobs) > 1:
             for job in jobs:
-                last += job.count
-                job.finish(last)
+                self._take(pot, [job], store)
+        else:
+            for job in jobs:
+                job.finish(error=error)
+
+    def _timed(self, call, *arguments):
+        start = time.perf_counter()
+        try:
+            return call(*arguments)
+        finally:
+            self._metrics.add("idpot_db_seconds_total", time.perf_counter() - start)
 
 
-# -------------------------------------------------------------------------------------------------- HTTP
+# -------------------------------------------------------------------------------------------- HTTP
+#
+# Threads: one accepts (serve_forever) and every fifth of a second looks at all connections; each
+# connection has a thread, its Handler, that reads requests; the allocator's workers take IDs. A
+# request goes from the connection's thread to a worker and never back: the worker itself sends a
+# short answer, without waiting for the client, while the thread is already reading again. Waking
+# the thread for that more than halved the throughput (wrk -c64: 12,589/s, so 31,004/s). Long or
+# rare answers, and those of clients that have sent more already, are waited for and sent by the
+# thread, so that a slow reader holds up nobody else.
+#
+# Life of a connection: its thread reads a request (until RequestTimeout, or IdleTimeout before its
+# first byte), takes `turn`, has it answered, and reads on; whoever has sent the answer gives `turn`
+# back, which keeps answers in order. Only the thread closes the connection. Others end it by
+# shutdown(2): for reading, so that what has arrived is still served before the thread sees the end;
+# or, where the client does not read an answer, altogether.
 
 MAX_LINE = 8192         # bytes of a request line, then 414
 MAX_HEAD = 16384        # of the request line and all headers, then 431
 MAX_FIELDS = 64         # headers, then 431
 MAX_BODY = 65536        # bytes, then 413
 
+BACKLOG = 1024          # connections that wait to be accepted
+LOCAL = "127.0.0.1"     # what the access log has for a client on a Unix socket
+KEPT_THREADS = 16       # that stay for the next connection
+LOOK = 0.2              # seconds between looks at all connections
+HURRIED = 0.5           # seconds that a client has to send at a stop
+LINGER = 2.0            # seconds for which a closed connection is read, see Handler.finish
+
+PATHS = ("/pot/create", "/pot/raise", "/pot", "/healthz", "/metrics")
 REQUEST_LINE = rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9]\.[0-9])\r\n"
 FIELD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n"
 HEAD = re.compile(REQUEST_LINE + b"((?:" + FIELD + rb")*)\r\n")
 FIELDS = re.compile(rb"([^:\r\n]+):([^\r\n]*)\r\n")
-FORBIDDEN = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")     # bare CR and LF too
+# Control characters, bare CR and bare LF.
+FORBIDDEN = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")
 HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
-ABSOLUTE = re.compile(rb"(?i)https?://(?=[^/?:])" + HOST.pattern + b"(?=[/?]|$)")       # RFC 9112, 3.2.2
+# The beginning of an absolute-form target (RFC 9112, 3.2.2).
+ABSOLUTE = re.compile(rb"(?i)\Ahttps?://(?=[^/?:])" + HOST.pattern + b"(?=[/?]|$)")
+ONCE = (b"host", b"content-length", b"transfer-encoding", b"authorization", b"origin")
 FORM = b"application/x-www-form-urlencoded"
+EMPTY_LINES = re.compile(rb"(?:\r\n)+")
+PLAIN = b"text/plain; charset=utf-8"
+PROMETHEUS = b"text/plain; version=0.0.4; charset=utf-8"
 
-ANSWER_HEADS = {status: b"HTTP/1.1 %d %s\r\nCache-Control: no-store\r\n" % (
-    status, http.HTTPStatus(status).phrase.encode()) for status in STATUSES}
-PLAIN = b"Content-Type: text/plain; charset=utf-8\r\n"
-PROMETHEUS = b"Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
 
-Request = collections.namedtuple("Request", "method path query route pot keep old length expect form token line tail")
+ANSWER_BEGINNINGS = {
+    int(status): b"HTTP/1.1 %d %s\r\nCache-Control: no-store\r\n" % (status, status.phrase.encode())
+    for status in http.HTTPStatus}
+
+
+class HttpError(IdpotError):
+    """The form of the request is refused; its status says why (RFC 9110, 15.5; RFC 6585)."""
+
+    def __init__(self, status, text, header=b""):
+        super().__init__(text)
+        self.status = status
+        self.header = header
+
+
+class Head(typing.NamedTuple):
+    """The head of a request; of a malformed one only `line` tells something."""
+    method: str = "other"
+    path: str = ""              # decoded once
+    query: str = ""
+    route: str = "other"        # the template that the path matches
+    pot: str = ""
+    action: typing.Callable = None      # the Handler's method that answers
+    old: bool = True            # HTTP/1.0
+    keep: bool = False          # whether the client would keep the connection
+    length: int = 0             # of the body
+    expect: bool = False        # whether the client waits for 100 Continue
+    form: bytes = FORM
+    token: bytes = b""
+    origin: bool = False
+    line: str = "-"             # these two as the access log has them
+    tail: str = '"-" "-"'
 
 
 def parse_target(target):
-    """(path decoded once, query, route template, pot) of a request target; the route of an unknown path is other."""
-    origin, absolute = ABSOLUTE.subn(b"", target, 1)
+    """The fields path, query, route and pot of a Head; the route of an unknown path is "other"."""
+    origin, absolute = ABSOLUTE.subn(b"", target)
     if absolute and origin[:1] != b"/":
         origin = b"/" + origin
     if origin[:1] != b"/" or b"#" in origin:
@@ -1075,512 +1560,703 @@ def parse_target(target):
         raise BadRequest(f"{shown(path)} has a % without two hexadecimal digits")
     path = urllib.parse.unquote(path)
     parent, _, pot = path.rpartition("/")
-    if path in ("/pot/create", "/pot/raise", "/pot", "/healthz", "/metrics"):
+    route = "other"
+    if path in PATHS:
         route = path
-    else:
-        route = parent + "/{pot}" if parent in ("/id", "/pot") and POT_NAME.fullmatch(pot) else "other"
-    return path, query, route, pot
+    elif parent in ("/id", "/pot") and POT_NAME.fullmatch(pot):
+        route = parent + "/{pot}"
+    return {"path": path, "query": query, "route": route, "pot": pot}
 
 
-def check_beginning(head):
-    """Raises the BadRequest that the head, which need not be whole, already deserves."""
-    line, end, _ = head.partition(b"\r\n")
-    if len(line) > MAX_LINE:
-        raise BadRequest("the request line is too long", 414)
+def check_beginning(head, start=0):
+    """Raises the error that a head deserves, which need not be whole; looks at it from start on."""
+    end = head.find(b"\r\n")
+    if (end if end >= 0 else len(head)) > MAX_LINE:
+        raise HttpError(414, "the request line is too long")
     if len(head) > MAX_HEAD or head.count(b"\n") > MAX_FIELDS + 2:
-        raise BadRequest("the header is too long", 431)
-    if FORBIDDEN.search(head):
+        raise HttpError(431, "the header is too long")
+    if FORBIDDEN.search(head, max(0, start - 1)):
         raise BadRequest("a control character, bare CR or bare LF is in the header")
-    if end and not re.fullmatch(REQUEST_LINE, line + end):
-        raise BadRequest(f"{shown(line.decode('latin-1'))} is not a request line")
+    if start <= end + 2 and end >= 0 and not re.fullmatch(REQUEST_LINE, head[:end + 2]):
+        raise BadRequest(f"{shown(head[:end].decode('latin-1'))} is not a request line")
 
 
 def parse_fields(lines):
-    """The headers by lower-case name; those that say how the request is read must not come twice."""
+    """The headers by lower-case name; those that say how to read the request must be there once."""
     fields = {}
     for name, value in FIELDS.findall(lines):
-        name, value = name.lower(), value.strip(b" \t")
-        if name in fields and name in (b"host", b"content-length", b"transfer-encoding", b"authorization"):
+        name = name.lower()
+        value = value.strip(b" \t")
+        if name in fields and name in ONCE:
             raise BadRequest(f"header {name.decode()} is there twice")
         fields[name] = fields[name] + b", " + value if name in fields else value
     return fields
 
 
-@functools.lru_cache(maxsize=2048)      # a client repeats its head to the byte: then 0.2 instead of 20 microseconds
-def parse_head(head):
-    """The Request of a whole head, up to its empty line; as strict as RFC 9112 allows. Raises BadRequest."""
-    check_beginning(head)
-    match = HEAD.fullmatch(head)
-    if not match:
-        raise BadRequest("a header line is malformed")
-    method, target, version, lines = match.groups()
-    if version not in (b"1.1", b"1.0"):
-        raise BadRequest(f"HTTP/{version.decode()} is not spoken here", 505)
-    fields, old = parse_fields(lines), version == b"1.0"
+def parse_length(fields):
+    """The length of the body (RFC 9112, 6)."""
     if b"transfer-encoding" in fields:
-        raise BadRequest("Transfer-Encoding is not supported: send Content-Length", 501)
-    if not HOST.fullmatch(fields.get(b"host", b"" if old else b" ")):
-        raise BadRequest("header Host is missing or malformed")       # RFC 9112, 3.2
+        raise HttpError(501, "Transfer-Encoding is not supported: send Content-Length")
     length = fields.get(b"content-length", b"0")
     if not re.fullmatch(b"[0-9]{1,19}", length):
         raise BadRequest(f"Content-Length {shown(length.decode('latin-1'))} is not a number")
     if int(length) > MAX_BODY:
-        raise BadRequest(f"the body is longer than {MAX_BODY} bytes", 413)
+        raise HttpError(413, f"the body is longer than {MAX_BODY} bytes")
+    return int(length)
+
+
+def parse_head(data):
+    """The Head of bytes up to the empty line, as strict as RFC 9112 allows; raises IdpotError."""
+    check_beginning(data)
+    match = HEAD.fullmatch(data)
+    if not match:
+        raise BadRequest("a header line is malformed")
+    method, target, version, lines = match.groups()
+    if version not in (b"1.1", b"1.0"):
+        raise HttpError(505, f"HTTP/{version.decode()} is not spoken here")
+    old = version == b"1.0"
+    fields = parse_fields(lines)
+    length = parse_length(fields)
+    if not HOST.fullmatch(fields.get(b"host", b"" if old else b" ")):
+        raise BadRequest("header Host is missing or malformed")       # RFC 9112, 3.2
     if fields.get(b"expect", b"100-continue").lower() != b"100-continue":
-        raise BadRequest("Expect is understood as 100-continue only", 417)
-    connection = {option.strip() for option in fields.get(b"connection", b"").lower().split(b",")}
+        raise HttpError(417, "Expect is understood as 100-continue only")
+    options = fields.get(b"connection", b"").lower().split(b",")
+    connection = {option.strip() for option in options}
     scheme, _, token = fields.get(b"authorization", b"").partition(b" ")
-    return Request(
-        method.decode(), *parse_target(target), old=old, length=int(length), expect=b"expect" in fields and not old,
+    referer = AccessLog.escape(fields.get(b"referer", b"-"))
+    agent = AccessLog.escape(fields.get(b"user-agent", b"-"))
+    parts = parse_target(target)
+    return Head(
+        method=method.decode(),
+        **parts,
+        action=ACTIONS.get((parts["route"], method.decode())),
+        old=old,
         keep=b"close" not in connection and (not old or b"keep-alive" in connection),
+        length=length,
+        expect=b"expect" in fields and not old,
         form=fields.get(b"content-type", FORM).split(b";")[0].strip().lower(),
         token=token.strip() if scheme.lower() == b"bearer" else b"",
+        origin=b"origin" in fields,
         line=AccessLog.escape(b"%s %s HTTP/%s" % (method, target, version)),
-        tail=f'"{AccessLog.escape(fields.get(b"referer", b"-"))}" "{AccessLog.escape(fields.get(b"user-agent", b"-"))}"')
+        tail=f'"{referer}" "{agent}"')
 
 
-class Connection:
-    """A client's connection; its requests are answered one after another.
+# Whole requests without a body -> their Head: a client repeats itself to the byte, and what the
+# threads do between their system calls decides the speed (1.4 us more in each: wrk -c64 0.7).
+KNOWN_REQUESTS = {}
 
-    One thread at a time has it: the one that was told of an event on it, then the one that has the answer, which sends
-    it, as that spares a switch to another. Then it waits for the client in Server.watch. Nothing here blocks.
-    """
 
-    def __init__(self, server, sock, host):
-        self.server, self.sock, self.host = server, sock, host
-        self.descriptor, self.events = sock.fileno(), 0
-        self.buffer = self.body = self.rest = b""
-        self.closing = self.continued = self.discarding = False
-        self.since, self.deadline = 0.0, time.monotonic() + server.settings.idletimeout     # of waiting for the client
+def remember_request(data, head):
+    if len(data) <= 1024 and not head.length:
+        if len(KNOWN_REQUESTS) > 2048:
+            KNOWN_REQUESTS.clear()
+        KNOWN_REQUESTS[data] = head
 
-    def proceed(self):
-        """Sends what is left of an answer, or answers one request, or leaves it to the allocator."""
-        if self.rest:
-            data, self.rest = self.rest, b""
-            return self._send(data)
-        request = None
+
+def parse_form(head, body, known):
+    """The fields of the query and of the form in the body, each at most once, and none unknown."""
+    if body and head.form != FORM:
+        form = shown(head.form.decode("latin-1"))
+        raise HttpError(415, f"the body is {form}, not {FORM.decode()}")
+    text = f"{head.query}&{body.decode('latin-1')}"
+    try:
+        pairs = urllib.parse.parse_qsl(
+            text, keep_blank_values=True, errors="strict", max_num_fields=100)
+    except ValueError:
+        raise BadRequest("the form is not UTF-8, or has too many fields")
+    fields = {}
+    for name, value in pairs:
+        if name not in known:
+            here = f"here are {', '.join(known)}" if known else "there are none here"
+            raise BadRequest(f"unknown field {shown(name)}: {here}")
+        if name in fields:
+            raise BadRequest(f"{shown(name)} is given twice")
+        fields[name] = value
+    return fields
+
+
+def number_field(fields, name, low, high):
+    """The number in a field; raises BadRequest with the field's name."""
+    try:
+        return whole_number(fields[name], low, high)
+    except BadRequest as error:
+        raise BadRequest(f"{name} {error}")
+
+
+@functools.lru_cache(maxsize=1)
+def date_header(_second):
+    """The Date header (RFC 9110, 6.6.1); made anew when the second of time.monotonic() changes."""
+    return b"Date: %s\r\n" % email.utils.formatdate(usegmt=True).encode()
+
+
+def error_answer(error):
+    return error.status, f"{error}\n".encode(), error.header
+
+
+def id_answer(value):
+    return 200, b"%d" % value
+
+
+def range_answer(count, last):
+    return 200, b"%d\t%d\n" % (last - count + 1, last)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """A connection; its thread reads the requests. The head of this section tells its life."""
+    rbufsize = 0        # it is read from the socket: what has arrived is known at a timeout
+
+    def setup(self):
+        super().setup()
+        self.host = self.client_address[0].removeprefix("::ffff:") if self.client_address else LOCAL
+        self.settings = self.server.settings
+        self.buffer = b""       # what has arrived and was not read as a request
+        self.began = None       # when the request that is being read began to arrive, if it did
+        # Held from a whole request until its answer was sent; guards head, body, keep, start and
+        # render, which belong to that request, and job, what the allocator was asked for.
+        self.turn = threading.Lock()
+        self.job = None
+        self.unsent = b""       # rest of an answer that a worker could not send at once
+        self.sending = False    # whether the thread waits for the client to read
+        self.unread = b""       # how much the client had not read at the last look
+        self.ended = False      # whether end() was called
+        self.wait(self.server.idle_patience)
+        self.server.connections[self.request] = self
+
+    def wait(self, patience):
+        """The client is to send, or to read, within patience seconds from now."""
+        self.since = time.monotonic()
+        self.deadline = self.since + patience
+
+    def begin(self):
+        """A request has begun to arrive."""
+        self.began = self.since = now = time.monotonic()
+        self.deadline = now + self.server.request_patience
+
+    # Reading, in the connection's thread
+
+    def handle_one_request(self):
+        """Has one request answered; the stock handle() repeats it until close_connection is set."""
+        self.close_connection = True
         try:
-            request = self._read()
-            if not request:
-                raise BlockingIOError
-            self.closing = not request.keep or bool(self.server.stopping)
-            self.server.answer(request, self)
-        except BlockingIOError:
-            if self.deadline:
-                self.server.watch(self, select.EPOLLIN)
-            else:       # it is being ended
-                self.close()
-        except (OSError, EOFError):     # the client has gone
-            self.close()
+            if self.parse_request():
+                self.close_connection = not self.keep
+                self.respond()
+        except OSError:         # the client has gone
+            self.close_connection = True
+
+    def parse_request(self):
+        """Reads a whole request and takes the turn. As the stock method it returns False where
+        there is none to serve, and has then answered any error."""
+        head, failure, body = None, None, b""
+        try:
+            head = self.read_head()
+            if head and head.length:
+                body = self.read_body(head)
+        except IdpotError as error:     # where the next request would begin is unknown
+            failure = error
+            head = head or self.malformed_head()
+        if not head:
+            return False
+        self.turn.acquire()
+        self.head = head
+        self.body = body
+        self.keep = head.keep and not failure and not self.server.stopping
+        self.start = self.began
+        self.began = None
+        if failure:
+            self.reply(*error_answer(failure))
+        return not failure
+
+    def read_head(self):
+        """The Head of the next request; None where the client has closed between requests.
+
+        Raises IdpotError for what is no head, ends too soon or takes too long.
+        """
+        if self.buffer:
+            self.begin()
+        else:
+            self.buffer = self.receive()
+        head = KNOWN_REQUESTS.get(self.buffer)
+        if head:
+            self.buffer = b""
+            return head
+        seen = 0        # bytes of the buffer that were looked at
+        while self.buffer:
+            if self.buffer[:2] == b"\r\n":      # RFC 9112, 2.2
+                self.buffer = self.buffer[EMPTY_LINES.match(self.buffer).end():]
+                seen = 0
+            self.raw_requestline = self.buffer
+            end = self.buffer.find(b"\r\n\r\n", max(0, seen - 3)) + 4
+            if end > 3:
+                data, self.buffer = self.buffer[:end], self.buffer[end:]
+                head = parse_head(data)
+                remember_request(data, head)
+                return head
+            check_beginning(self.buffer, seen)
+            seen = len(self.buffer)
+            data = self.receive()
+            if not data and self.buffer:
+                raise self.cut_off()
+            self.buffer += data
+        return None
+
+    def read_body(self, head):
+        """The request's body; raises IdpotError where it ends too soon or takes too long."""
+        body = bytearray(self.buffer)
+        if head.expect and len(body) < head.length:
+            with self.turn:     # behind the answer to the request before
+                self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        while len(body) < head.length:
+            data = self.receive()
+            if not data:
+                raise self.cut_off()
+            body += data
+        self.buffer = bytes(body[head.length:])
+        return bytes(body[:head.length])
+
+    def receive(self):
+        """What comes next; nothing at the end."""
+        data = self.request.recv(4096)
+        if data and not self.began:
+            self.begin()
+        return data
+
+    def cut_off(self):
+        if self.ended:
+            return HttpError(408, "the request did not arrive in time")     # RFC 9110, 15.5.9
+        return BadRequest("the request is cut off")
+
+    def malformed_head(self):
+        line = re.match(rb"[^\r\n]*", self.raw_requestline)[0]
+        return Head(line=AccessLog.escape_malformed(line[:MAX_LINE]))
+
+    def finish(self):
+        """Closes the connection, once a worker has sent its last answer.
+
+        What the client still sends is read for a moment: to close with unread input would reset the
+        connection, and could destroy the answer on its way (RFC 9112, 9.6).
+        """
+        if not self.job:
+            self.wait(LINGER)
+        with contextlib.suppress(OSError):
+            while self.request.recv(4096) and (self.job or time.monotonic() < self.deadline):
+                pass
+        self.turn.acquire()
+        if self.unsent:
+            with contextlib.suppress(OSError):
+                self.send_and_wait(b"")
+        super().finish()
+
+    # Answering
+
+    def respond(self):
+        """Answers the request, or leaves that to a worker."""
+        head = self.head
+        try:
+            if self.server.guarded or head.origin:
+                self.check_token(head)
+            if not head.action:
+                raise self.no_action(head)
+            head.action(self)
         except IdpotError as error:
-            self._fail(request, error)
+            self.reply(*error_answer(error))
+        except OSError:
+            raise
         except Exception:
             log.exception("request from %s", self.host)
-            self._fail(request, IdpotError("internal error"))
+            self.keep = False
+            self.close_connection = True
+            self.reply(*error_answer(IdpotError("internal error")))
 
-    def _fail(self, request, error):
-        if request:
-            return self.reply_error(request, error)
-        line = AccessLog.escape(re.match(rb"[^\r\n]*", self.buffer)[0][:MAX_LINE]) or "-"     # no token of a header
-        self.buffer, self.discarding = b"", True
-        self.reply_error(Request("other", "", "", "other", *[None] * 7, line, '"-" "-"'), error)
+    def check_token(self, head):
+        """Raises Unauthorized, or Forbidden, where the request lacks the bearer token it needs."""
+        admin = head.method == "POST" and head.route in ("/pot/create", "/pot/raise")
+        token = (self.settings.admintoken if admin else self.settings.token).encode()
+        if token and hmac.compare_digest(token, head.token):
+            return
+        if head.origin:
+            raise Forbidden("a request from a web page (it has an Origin) needs the bearer token")
+        if token and head.action and head.route != "/healthz":
+            need = "the bearer token is wrong" if head.token else "a bearer token is needed"
+            raise Unauthorized(need)
 
-    def close(self):
-        self.server.connections.discard(self)
-        self.server.count_connections()
-        self.sock.close()
+    @staticmethod
+    def no_action(head):
+        if (head.route, "GET") not in ACTIONS:
+            return NotFound(f"there is nothing at {shown(head.path)}")
+        allowed = "GET, HEAD, POST" if (head.route, "POST") in ACTIONS else "GET, HEAD"
+        return HttpError(405, f"{head.method[:20]} is not allowed here, but {allowed}",
+                         b"Allow: %s\r\n" % allowed.encode())
 
-    def _read(self):
-        """The next request, its body in self.body; None where it is not whole yet.
+    def leave_to_worker(self, render, count=0, call=None):
+        """Has a worker send the (status, body) of render(value).
 
-        Raises BlockingIOError where nothing has come, EOFError where the client has closed between requests, and
-        BadRequest for what is no request, ends too soon or takes too long.
+        For a client that has sent more already this thread does: it may not read its answers.
         """
-        request = self._next_in_buffer() if self.buffer else None
-        if request:
-            return request
-        late = self.buffer and time.monotonic() > self.deadline
-        try:
-            data = self.sock.recv(16384, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            if not late:
-                raise
+        pot = self.head.pot
+        if self.buffer:
+            self.reply(*render(self.wait_for(pot, count, call)))
         else:
-            if not data:
-                raise BadRequest("the request is cut off") if self.buffer.strip(b"\r\n") else EOFError
-            if self.discarding:
-                return None
-            if not self.buffer:
-                self.deadline = time.monotonic() + self.server.settings.requesttimeout
-            self.buffer += data
-            request = self._next_in_buffer()
-        if late and not request:
-            raise BadRequest("the request did not arrive in time", 408)
-        return request
+            self.render = render
+            self.submit(pot, Job(self.deliver, count, call))
 
-    def _next_in_buffer(self):
-        if self.buffer.startswith(b"\r\n"):     # RFC 9112, 2.2; one stays, so that the time for a request runs
-            self.buffer = re.sub(rb"\A(?:\r\n)+", b"", self.buffer) or b"\r\n"
-            if self.buffer == b"\r\n":
-                return None
-        end = self.buffer.find(b"\r\n\r\n") + 4
-        if end == 3:
-            return check_beginning(self.buffer)
-        request = (parse_head if end <= 1024 else parse_head.__wrapped__)(self.buffer[:end])    # bounds the cache's size
-        whole = end + request.length
-        if len(self.buffer) < whole:
-            if request.expect and not self.continued:
-                self.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n", socket.MSG_DONTWAIT)
-                self.continued = True
-            return None
-        self.body, self.buffer, self.continued = self.buffer[end:whole], self.buffer[whole:], False
-        return request
+    def wait_for(self, pot, count=0, call=None, **limits):
+        """What the allocator answers to a Job; raises its IdpotError."""
+        inbox = queue.SimpleQueue()
+        self.submit(pot, Job(lambda value, error: inbox.put((value, error)), count, call, **limits))
+        value, error = inbox.get()
+        if error:
+            raise error
+        return value
 
-    def reply_error(self, request, error):
-        self.reply(request, error.status, f"{error}\n".encode(), error.headers)
+    def submit(self, pot, job):
+        job.patience = self.settings.timeout
+        job.gone = self.gone
+        self.job = job
+        self.server.allocator.submit(pot, job)
 
-    def reply(self, request, status, body, headers=b""):
-        """Logs, counts and sends the answer in one piece."""
-        server, method = self.server, request.method if request.method in METHODS else "other"
-        sent = b"" if request.method == "HEAD" else body
-        moment, date = server.access.times(int(time.time()))
-        server.access.add(self.host, moment, request.line, status, len(sent), request.tail)
-        server.counters.add(1, "idpot_http_requests_total", request.route, method, status)
+    def deliver(self, value, error):
+        """Answers in a worker, or at a timeout: waits for no client."""
+        answer = error_answer(error) if error else self.render(value)
+        try:
+            self.reply(*answer, send=self.send_at_once)
+        except OSError:
+            pass        # the client has gone, as the thread will see
+
+    def reply(self, status, body, header=b"", form=PLAIN, send=None):
+        """Sends an answer, as slowly as the client reads, or by send; then the next one may go."""
+        data = b""
+        try:
+            data = self.compose(status, body, header, form)
+            (send or self.send_and_wait)(data)
+            if not self.keep and not self.unsent:
+                self.request.shutdown(socket.SHUT_WR)
+        finally:
+            if not self.began:
+                self.since = now = time.monotonic()
+                self.deadline = now + (self.server.idle_patience if self.keep else LINGER)
+            self.job = None
+            self.turn.release()
+            if not data:        # the next answer must not be taken for this one
+                self.request.shutdown(socket.SHUT_RDWR)
+
+    def compose(self, status, body, header, form):
+        """Notes the answer for the log, and returns it as one piece."""
+        head, start, now = self.head, self.start, time.monotonic()
+        sent = b"" if head.method == "HEAD" else body
+        self.server.access.note((self.host, head, status, len(sent), start or now, now))
         if status != 204:       # RFC 9110, 8.6
-            headers += b"%sContent-Length: %d\r\n" % (b"" if headers == PROMETHEUS else PLAIN, len(body))
-        if self.closing or not request.keep:
-            headers += b"Connection: close\r\n"
-        elif request.old:
-            headers += b"Connection: keep-alive\r\n"
-        self.deadline = time.monotonic() + server.settings.requesttimeout
-        self._send(b"%sDate: %s\r\n%s\r\n%s" % (ANSWER_HEADS[status], date, headers, sent))
+            header += b"Content-Type: %s\r\nContent-Length: %d\r\n" % (form, len(body))
+        if not self.keep:
+            header += b"Connection: close\r\n"
+        elif head.old:
+            header += b"Connection: keep-alive\r\n"
+        return b"%s%s%s\r\n%s" % (ANSWER_BEGINNINGS[status], date_header(int(now)), header, sent)
 
-    def _send(self, data):
+    def send_at_once(self, data):
+        """Sends what can be sent without waiting; the connection's thread is to send the rest."""
         try:
-            data = data[self.sock.send(data, socket.MSG_DONTWAIT):]
+            sent = self.request.send(data, socket.MSG_DONTWAIT)
         except BlockingIOError:
-            pass
-        except OSError:     # the client has gone: what else it has sent is not served
-            return self.close()
-        if data:
-            self.rest = data        # until the client reads
-            self.server.watch(self, select.EPOLLOUT)
-        elif self.closing:
-            self.close()
-        else:
-            self._sent()
+            sent = 0
+        if sent < len(data):
+            self.unsent = data[sent:]
+            self.request.shutdown(socket.SHUT_RD)       # wakes the thread
 
-    def _sent(self):
-        settings, now, events = self.server.settings, time.monotonic(), select.EPOLLIN
-        if self.discarding:
-            # Closing with unread input would reset the connection and could destroy the answer (RFC 9112, 9.6).
-            with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_WR)
-            self.deadline = now + 2
-        elif self.buffer:
-            self.deadline = now + settings.requesttimeout
-            events |= select.EPOLLOUT       # a further request may be there, for a client that reads its answers
-        else:
-            self.deadline = now + settings.idletimeout
-        self.server.watch(self, events)
+    def send_and_wait(self, data):
+        """Sends all, as slowly as the client reads."""
+        data = self.unsent + data
+        self.unsent = b""
+        self.wait(self.settings.requesttimeout)
+        self.sending = True
+        try:
+            self.request.sendall(data)
+        finally:
+            self.sending = False
+
+    # Limits, in the accepting thread
+
+    def look(self, now):
+        """Ends what takes too long: a wait for the database, for a client to read, or to send."""
+        job = self.job
+        if self.sending:
+            # tcp(7), SIOCOUTQ: bytes of what was sent that the client has not acknowledged
+            unread = fcntl.ioctl(self.request, termios.TIOCOUTQ, bytes(4))
+            if unread != self.unread:
+                self.unread = unread
+                self.wait(self.settings.requesttimeout)
+            elif now > self.deadline:
+                self.request.shutdown(socket.SHUT_RDWR)
+        elif job:
+            # At a stop there is a second for the answers to leave before the server's time is over.
+            hurry = min(1, job.patience / 4) if self.server.stopping else 0
+            if now > job.start + job.patience - hurry:
+                job.expire()
+        elif now > self.deadline:
+            self.end()
+
+    def hurry(self):
+        """At a stop there is only a moment for a request that is still on its way."""
+        if not self.sending:
+            start = time.monotonic() if self.began else self.since
+            self.deadline = min(self.deadline, start + HURRIED)
+
+    def silent(self):
+        """Whether it is the client's turn to send."""
+        return not (self.job or self.sending or self.turn.locked() or self.ended)
+
+    def end(self):
+        """Has the thread see the end of the client's input, behind what has arrived."""
+        self.ended = True
+        self.request.shutdown(socket.SHUT_RD)
 
     def gone(self):
         """Whether the client has closed its side; it may still read."""
         try:
-            return not self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return not self.request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
         except OSError:
             return True
 
-    def fields(self, request):
-        """The fields of the query and of the form in the body, each at most once."""
-        if self.body and request.form != FORM:
-            raise BadRequest(f"the body is {shown(request.form.decode('latin-1'))}, not {FORM.decode()}", 415)
-        text, fields = f"{request.query}&{self.body.decode('latin-1')}", {}
-        try:
-            pairs = urllib.parse.parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=100)
-        except ValueError:
-            raise BadRequest("the form is not UTF-8, or has too many fields")
-        for name, value in pairs:
-            if name in fields:
-                raise BadRequest(f"{shown(name)} is given twice")
-            fields[name] = value
-        return fields
+    # What each route does
+
+    def fields(self, *known):
+        """The request's fields; raises BadRequest for one that is not known."""
+        body = self.body if self.head.method == "POST" else b""     # elsewhere it means nothing
+        return parse_form(self.head, body, known) if body or self.head.query else {}
+
+    def take_ids(self):
+        if not (self.head.query or self.body):
+            self.leave_to_worker(id_answer, 1)
+            return
+        fields = self.fields("count", "range")
+        if not fields:
+            self.leave_to_worker(id_answer, 1)
+        elif len(fields) == 2:
+            raise BadRequest("count and range exclude each other")
+        elif "range" in fields:
+            count = number_field(fields, "range", 1, MAX_RANGE)
+            self.leave_to_worker(functools.partial(range_answer, count), count)
+        else:
+            count = number_field(fields, "count", 1, MAX_COUNT)
+            last = self.wait_for(self.head.pot, count)
+            ids = range(last - count + 1, last + 1)
+            self.reply(200, b"".join([b"%d\n" % one for one in ids]))
+
+    def get_id(self):
+        self.fields()
+        self.leave_to_worker(id_answer, call=("current", self.head.pot))
+
+    def get_pot(self):
+        self.fields()
+        self.wait_for(self.head.pot, call=("current", self.head.pot))
+        self.reply(204, b"")
+
+    def create_pot(self):
+        pot, low = self.name_and_min("0")
+        self.wait_for(pot, call=("create", pot, low))
+        self.reply(201, b"Created new pot")
+
+    def raise_pot(self):
+        pot, low = self.name_and_min("")
+        self.reply(*id_answer(self.wait_for(pot, call=("raise_to", pot, low))))
+
+    def name_and_min(self, default):
+        fields = {"name": "", "min": default, **self.fields("name", "min")}
+        pot = fields["name"]
+        if not POT_NAME.fullmatch(pot):
+            raise BadRequest(f"name {shown(pot)} is not 1 to 60 characters of A-Z a-z 0-9 _ -")
+        return pot, number_field(fields, "min", 0, MAX_ID)
+
+    def get_pots(self):
+        self.fields()
+        rows = self.wait_for(ALL_POTS, call=("pots",))
+        self.reply(200, "".join([f"{pot}\t{value}\n" for pot, value in rows]).encode())
+
+    def get_health(self):
+        """A probe is told soon, but the connection may have been lost while nobody used it."""
+        self.fields()
+        self.wait_for(HEALTH, call=("check", self.server.allocator.last_pot), retries=1)
+        self.reply(200, b"ok")
+
+    def get_metrics(self):
+        self.fields()
+        self.server.access.work_off()
+        text = self.server.metrics.text(self.server.gauges())
+        self.reply(200, text.encode(), form=PROMETHEUS)
 
 
-def digits(value):
-    return 200, b"%d" % value
+ACTIONS = {     # (route, method) -> what does it; HEAD is GET
+    ("/id/{pot}", "GET"): Handler.get_id,
+    ("/id/{pot}", "POST"): Handler.take_ids,
+    ("/pot/{pot}", "GET"): Handler.get_pot,
+    ("/pot/create", "GET"): Handler.get_pot,
+    ("/pot/create", "POST"): Handler.create_pot,
+    ("/pot/raise", "GET"): Handler.get_pot,
+    ("/pot/raise", "POST"): Handler.raise_pot,
+    ("/pot", "GET"): Handler.get_pots,
+    ("/healthz", "GET"): Handler.get_health,
+    ("/metrics", "GET"): Handler.get_metrics,
+}
+ACTIONS.update({(route, "HEAD"): action
+                for (route, method), action in ACTIONS.items() if method == "GET"})
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """The HTTP server: its threads, its limits, and what each route answers.
+    """The HTTP server: accepts, keeps threads for connections, and bounds these."""
+    SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
-    Threads are kept, and two wait for all clients together. One that is told of requests reads them, serves their
-    pots and sends the answers: a lone client's request meets one thread, which takes 2 switches of threads instead of
-    3 (wrk -c1: 1,630/s -> 1,970/s). While a thread is in the database another one waits for clients.
-    """
-
-    def __init__(self, settings, listener, allocator, counters):
-        super().__init__(listener.getsockname(), None, bind_and_activate=False)
+    def __init__(self, settings, listener, allocator, metrics, access):
+        super().__init__(None, Handler, bind_and_activate=False)
         self.socket.close()
-        self.socket, self.unix = listener, listener.family == socket.AF_UNIX
-        if not self.unix:
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # connections inherit it
-        self.settings, self.allocator, self.counters = settings, allocator, counters
-        self.access, self.connections = AccessLog(), set()
-        self.stopping = 0.0         # when stop() was called
-        self._waiting = {}          # descriptor -> connection that waits for its client; it is taken from here in turn
-        self._resting = 0.0         # when to accept again
-        self._rested = False        # whether the next client is accepted in any case
-        self._idle = threading.Condition()      # guards these two; a thread that nobody needs waits for it
-        self._polling = 0           # threads that wait for clients
-        self._looked = 0.0          # when one has last looked for what takes too long
-        self._epoll = select.epoll()
-        self._epoll.register(listener, select.EPOLLIN | select.EPOLLONESHOT)
+        self.socket = listener
+        if listener.family != socket.AF_UNIX:       # connections inherit it
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.settings = settings
+        self.allocator = allocator
+        self.metrics = metrics
+        self.access = access
+        self.guarded = bool(settings.token or settings.admintoken)
+        self.connections = {}       # socket -> its Handler, None until its thread has made that
+        self.idle_patience = settings.idletimeout
+        self.request_patience = settings.requesttimeout
+        self.stopping = False
+        self.looked = time.monotonic()              # when service_actions looked last
+        self._accepted = queue.SimpleQueue()        # connections for the kept threads
+        self._free = queue.SimpleQueue()            # an item for each kept thread that waits
+        self._closed = threading.Event()            # a connection was closed
 
-    # Threads
-
-    def start(self):
-        """Starts the threads: one for each connection to the database, and two to wait for clients."""
-        try:
-            for _ in range(self.settings.store.connections + 2):
-                threading.Thread(target=self.serve_forever, daemon=True).start()
-        except RuntimeError as error:
-            raise StartError(str(error))
-
-    def serve_forever(self, poll_interval=0.2):
-        """What each thread does."""
+    def accept(self):
+        """What the accepting thread does, until stop()."""
         while True:
-            pause = 0.02 if self.stopping else poll_interval
-            self._look_at_all(pause)
-            taken = self.allocator.take()
-            if taken:
-                if not self._polling or self.allocator.waiting():
-                    with self._idle:
-                        self._idle.notify()
-                self.allocator.serve(*taken)
-                continue
-            with self._idle:
-                surplus = self._polling == 2    # more would take the events from each other
-                if not surplus:
-                    self._polling += 1
-                elif not self.allocator.waiting():
-                    self._idle.wait()
-            if not surplus:
-                self._poll(pause)
-
-    def _poll(self, pause):
-        """Waits for clients, and reads what they send."""
-        events = self._epoll.poll(max(0, self._resting - time.monotonic()) if self._resting else pause)
-        with self.allocator.turn:
-            for descriptor, _ in events:
-                connection = self._waiting.pop(descriptor, None)
-                if connection:
-                    connection.proceed()
-                elif descriptor == self.socket.fileno():
-                    self._handle_request_noblock()      # of socketserver: the three hooks below
-                    self._listen()
-        with self._idle:
-            self._polling -= 1
-
-    # Connections
-
-    def get_request(self):
-        """Accepts a connection; at a limit it ends the one that has been silent longest, or lets the backlog wait.
-
-        With many more connections than another worker it waits a moment: both are told of a client, and the quicker
-        one would take most of them.
-        """
-        rested, self._rested = self._rested, False
-        if not rested and len(self.connections) > min(self.counters.rows("idpot_connections")) + 7:
-            self._resting = time.monotonic() + 0.001
-            raise BlockingIOError("another worker has fewer connections")
-        try:
-            if len(self.connections) >= self.settings.maxconnections:
-                raise OSError(errno.EMFILE, "all connections are in use")
-            return self.socket.accept()
-        except OSError as error:
-            scarce = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-            if scarce and not (error.errno == errno.EMFILE and self._make_room()):
-                self._resting = time.monotonic() + 0.05
-            raise
-
-    def process_request(self, request, client_address):
-        connection = Connection(self, request, "127.0.0.1" if self.unix else client_address[0])
-        self.connections.add(connection)
-        self.count_connections()
-        connection.proceed()
-
-    def handle_error(self, request, client_address):
-        log.warning("a connection could not be served: %s", sys.exc_info()[1])
-
-    def count_connections(self):
-        self.counters.set(len(self.connections), "idpot_connections")
-
-    def _listen(self):
-        """Has a thread told of the next client, unless that is to wait."""
-        if not self._resting and not self.stopping:
-            with contextlib.suppress(OSError, ValueError):      # stopped meanwhile
-                self._epoll.modify(self.socket, select.EPOLLIN | select.EPOLLONESHOT)
-
-    def watch(self, connection, events):
-        """Leaves the connection to the thread that will be told of one of the events."""
-        tell = self._epoll.modify if connection.events else self._epoll.register
-        connection.events, connection.since = events, time.monotonic()
-        with self.allocator.turn:   # when another thread had ended it in between, its descriptor could be a newcomer's
-            self._waiting[connection.descriptor] = connection
             try:
-                tell(connection.descriptor, events | select.EPOLLONESHOT)
-            except OSError:         # ENOSPC: its time will be over
-                pass
-
-    def _look_at_all(self, interval):
-        """Ends what has taken too long, if no thread has looked for an interval."""
-        now = time.monotonic()
-        if self._resting and now >= self._resting:
-            self._resting, self._rested = 0.0, True
-            self._listen()
-        with self._idle:
-            if now < self._looked + interval:
-                return
-            self._looked = now
-        self.counters.set(int(now), "heartbeat")
-        self.count_connections()
-        timeout = self.settings.timeout
-        self.allocator.expire(timeout - min(1, timeout / 4) if self.stopping else timeout)     # then there is time to answer
-        with self.allocator.turn:
-            for connection in list(self._waiting.values()):
-                if now > self._end_of(connection):
-                    self._end(connection)
-
-    def _end_of(self, connection):
-        """The time to end a connection. At a stop it is silent for half a second first: a request may be on its way."""
-        if not self.stopping or connection.rest or connection.discarding:
-            return connection.deadline
-        return self.stopping + 1 if connection.buffer else connection.since + 0.5
-
-    def _end(self, connection):
-        """Ends a connection that waits, unless a request has come: with 408 for half of one (RFC 9110, 15.5.9)."""
-        del self._waiting[connection.descriptor]
-        connection.deadline = 0
-        if connection.events == select.EPOLLIN:
-            connection.proceed()
-        else:       # it does not read its answers
-            connection.close()
-
-    def _make_room(self):
-        """Ends the connection that has been silent longest; returns whether there was one."""
-        silent = time.monotonic() - 0.1
-        for connection in list(self._waiting.values()):
-            if connection.since < silent and connection.events == select.EPOLLIN:
-                connection.closing = True
-                self._end(connection)
-                if connection not in self.connections:
-                    return True
-        return False
+                return self.serve_forever(LOOK)
+            except Exception:       # MemoryError, say
+                with contextlib.suppress(MemoryError, RuntimeError):
+                    log.exception("the accepting thread")
+                time.sleep(LOOK)
 
     def stop(self):
-        """Stops accepting, after what waits in the backlog; every answer from now on closes its connection."""
-        self.stopping = time.monotonic()
-        with contextlib.suppress(OSError):
-            for _ in range(1024):       # the backlog; under load there would always be one more
-                self.process_request(*self.socket.accept())
-        self.socket.close()
+        """Stops accepting, after what waits in the backlog; from now on answers close."""
+        self.stopping = True
+        self.idle_patience = self.request_patience = HURRIED
+        self.shutdown()
+        self.timeout = 0
+        for _ in range(BACKLOG):        # under load there would always be one more
+            self.handle_request()
+        self.server_close()
+        for handler in self.handlers():
+            handler.hurry()
 
-    # Routes
+    def handlers(self):
+        return [handler for handler in list(self.connections.values()) if handler]
 
-    def answer(self, request, connection):
-        """Answers the request, or leaves it to the allocator; raises IdpotError for any answer but success."""
-        if request.route not in self.ROUTES:
-            raise NotFound(f"there is nothing at {shown(request.path)}")
-        actions, token = self.ROUTES[request.route]
-        action = actions.get("GET" if request.method == "HEAD" else request.method)
-        if not action:
-            allowed = "GET, HEAD, POST" if "POST" in actions else "GET, HEAD"
-            raise BadRequest(f"{request.method[:20]} is not allowed here, but {allowed}", 405,
-                             f"Allow: {allowed}\r\n".encode())
-        token = getattr(self.settings, "token" if action == Server.do_exists else token).encode()
-        if token and not hmac.compare_digest(token, request.token):
-            raise Unauthorized("the bearer token is wrong" if request.token else "a bearer token is needed")
-        action(self, request, connection)
+    def gauges(self):
+        """Series of /metrics that are looked up."""
+        return {
+            "idpot_connections": len(self.connections),
+            "idpot_http_requests_in_flight": sum(one.turn.locked() for one in self.handlers()),
+            "idpot_db_connections": self.allocator.connections(),
+        }
 
-    def _submit(self, request, connection, pot, render, *call, count=0):
-        """Leaves the request to the allocator; it is answered with the (status, body) of render(value)."""
-        def done(value, error):
-            if error:
-                connection.reply_error(request, error)
-            else:
-                connection.reply(request, *render(value))
-        self.allocator.submit(pot, Job(count, call, done, connection.gone))
+    # Hooks of socketserver
 
-    def do_next(self, request, connection):
-        fields = connection.fields(request) if request.query or connection.body else {}
-        if "count" not in fields:
-            return self._submit(request, connection, request.pot, digits, count=1)
-        count = number(fields["count"], 1, MAX_COUNT, "count")
-        self._submit(request, connection, request.pot, count=count, render=lambda last: (
-            200, b"".join([b"%d\n" % one for one in range(last - count + 1, last + 1)])))
+    def get_request(self):
+        """Accepts a connection; at a limit it makes room first, or the backlog waits: OSError."""
+        if len(self.connections) >= self.settings.maxconnections:
+            self._make_room()
+            if len(self.connections) >= self.settings.maxconnections:
+                raise OSError(errno.EMFILE, "all connections are in use")
+        try:
+            request, address = super().get_request()
+        except OSError as error:
+            if error.errno in self.SCARCE:
+                self._make_room()
+            raise
+        self.connections[request] = None
+        return request, address
 
-    def do_current(self, request, connection):
-        self._submit(request, connection, request.pot, digits, "current", request.pot)
+    def process_request(self, request, client_address):
+        """Gives the connection to a thread that waits, or to a new one: that takes 0.1 ms more."""
+        try:
+            self._free.get_nowait()
+            self._accepted.put((request, client_address))
+        except queue.Empty:
+            # MemoryError here, where a new thread could not begin: start() would wait for ever.
+            bytes(2 << 20)
+            arguments = (request, client_address)
+            threading.Thread(target=self._serve, args=arguments, daemon=True).start()
+        troubles.end("accepting")
 
-    def do_exists(self, request, connection):
-        self._submit(request, connection, request.pot, lambda _: (204, b""), "current", request.pot)
+    def _serve(self, request, client_address):
+        """What a thread for connections does: it serves one after another."""
+        while True:
+            with contextlib.suppress(MemoryError, RuntimeError):
+                self.process_request_thread(request, client_address)
+            self.close_request(request)     # again, where memory was short
+            if self._free.qsize() >= KEPT_THREADS:
+                return
+            self._free.put(None)
+            request, client_address = self._accepted.get()
 
-    def do_create(self, request, connection):
-        pot, low = self.pot_and_min(request, connection, "0")
-        self._submit(request, connection, pot, lambda _: (201, b"Created new pot"), "create", pot, low)
+    def close_request(self, request):
+        super().close_request(request)
+        self.connections.pop(request, None)
+        self._closed.set()
 
-    def do_raise(self, request, connection):
-        pot, low = self.pot_and_min(request, connection, "")
-        self._submit(request, connection, pot, digits, "raise_to", pot, low)
+    def handle_error(self, request, client_address):
+        """A connection could not be served, for lack of threads or memory, say."""
+        with contextlib.suppress(MemoryError):      # the connection is to be closed in any case
+            error = sys.exc_info()[1]
+            troubles.begin("accepting", f"a connection could not be served: {error!r}")
 
-    @staticmethod
-    def pot_and_min(request, connection, default):
-        fields = {"name": "", "min": default, **connection.fields(request)}
-        if not POT_NAME.fullmatch(fields["name"]):
-            raise BadRequest(f"name {shown(fields['name'])} is not 1 to 60 characters of A-Z a-z 0-9 _ -")
-        return fields["name"], number(fields["min"], 0, MAX_ID, "min")
+    def service_actions(self):
+        now = time.monotonic()
+        if now < self.looked + LOOK:
+            return
+        self.looked = now
+        for handler in self.handlers():
+            with contextlib.suppress(OSError, ValueError):      # it was closed meanwhile
+                handler.look(now)
 
-    def do_list(self, request, connection):
-        self._submit(request, connection, request.path, lambda pots: (
-            200, "".join(f"{pot}\t{value}\n" for pot, value in pots).encode()), "pots")
-
-    def do_health(self, request, connection):
-        self._submit(request, connection, request.path, lambda _: (200, b"ok"), "check")
-
-    def do_metrics(self, request, connection):
-        connection.reply(request, 200, self.counters.text(self.settings.store.backend).encode(), PROMETHEUS)
-
-    ROUTES = {      # route template -> ({method: action}, the setting that holds the token); HEAD is GET
-        "/id/{pot}": ({"GET": do_current, "POST": do_next}, "token"),
-        "/pot/{pot}": ({"GET": do_exists}, "token"),
-        "/pot/create": ({"GET": do_exists, "POST": do_create}, "admintoken"),
-        "/pot/raise": ({"GET": do_exists, "POST": do_raise}, "admintoken"),
-        "/pot": ({"GET": do_list}, "token"),
-        "/healthz": ({"GET": do_health}, "no_token"),
-        "/metrics": ({"GET": do_metrics}, "token"),
-    }
+    def _make_room(self):
+        """Ends the connection that has been silent longest, and waits until one is closed."""
+        self._closed.clear()
+        earliest = time.monotonic() - 0.1
+        silent = [one for one in self.handlers() if one.since < earliest and one.silent()]
+        if silent:
+            with contextlib.suppress(OSError):
+                min(silent, key=lambda handler: handler.since).end()
+        self._closed.wait(0.05)
 
 
-# ------------------------------------------------------------------------------------------------ client
+# ------------------------------------------------------------------------------------------ client
 
 class Client:
-    """A client of an idpot server at a URL, over one connection that is kept; for one thread at a time.
+    """A client of an idpot server at a URL, over one connection that is kept; for one thread.
 
-    Its methods raise BadRequest, Unauthorized, NotFound, Exists, Exhausted or Unavailable as the server answers,
-    IdpotError for any other status, and OSError where the server cannot be reached or a timeout, in seconds, is over.
+    Its methods raise BadRequest, Unauthorized, NotFound, Exists, Exhausted or Unavailable as the
+    server answers, IdpotError for any other status, WentBack where an ID is not greater than those
+    before (after a restore without a raise, say), and OSError where the server cannot be reached or
+    a timeout, in seconds, is over.
     """
+    ERRORS = {400: BadRequest, 401: Unauthorized, 403: Forbidden, 404: NotFound, 409: Exhausted,
+              503: Unavailable}
 
     def __init__(self, url, token=None, timeout=15):
         parts = urllib.parse.urlsplit(url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connection, self._prefix = kind(parts.netloc, timeout=timeout), parts.path.rstrip("/")
+        https = parts.scheme == "https"
+        kind = http.client.HTTPSConnection if https else http.client.HTTPConnection
+        self._connection = kind(parts.netloc, timeout=timeout)
+        self._prefix = parts.path.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._highest = {}      # pot -> greatest ID that was answered
 
     def create(self, pot, min=0):
-        """Creates the pot; its first ID is min + 1."""
+        """Creates the pot; its first ID is min + 1. It is tried once: a repetition could find the
+        pot that it has just made."""
         self._request("POST", "pot", "create", name=pot, min=min)
 
     def exists(self, pot):
@@ -1596,23 +2272,34 @@ class Client:
 
     def next(self, pot):
         """Returns a new ID."""
-        return int(self._request("POST", "id", pot))
+        new = int(self._request("POST", "id", pot))
+        return self._checked(pot, range(new, new + 1))[0]
 
     def next_many(self, pot, count):
         """Returns a range of count (1..10000) new IDs."""
-        first = int(self._request("POST", "id", pot, count=count).split(None, 1)[0])
-        return range(first, first + count)
+        return self.next_range(pot, count, "count")
+
+    def next_range(self, pot, count, field="range"):
+        """Returns a range of count (1..2**32) new IDs."""
+        first = int(self._request("POST", "id", pot, **{field: count}).split(None, 1)[0])
+        return self._checked(pot, range(first, first + count))
 
     def raise_to(self, pot, min):
         """Raises the counter to min unless it is higher; returns the counter."""
         return int(self._request("POST", "pot", "raise", name=pot, min=min))
 
+    def _checked(self, pot, new):
+        highest = self._highest.get(pot, -1)
+        if new[0] <= highest:
+            raise WentBack(f"pot {shown(pot)} gave {new[0]} after {highest}")
+        self._highest[pot] = new[-1]
+        return new
+
     def _request(self, method, *path, **fields):
-        connection, poll = self._connection, select.poll()
-        if connection.sock:
-            poll.register(connection.sock, select.POLLIN)
-            if poll.poll(0):
-                connection.close()      # it was ended meanwhile, or has an answer that nobody asked for
+        connection = self._connection
+        creates = path == ("pot", "create")
+        if connection.sock and select.select([connection.sock], [], [], 0)[0]:
+            connection.close()      # it was ended meanwhile, or has an answer that nobody asked for
         kept = connection.sock is not None
         target = "/".join([self._prefix, *(urllib.parse.quote(part, safe="") for part in path)])
         body = urllib.parse.urlencode(fields) if fields else None
@@ -1623,14 +2310,15 @@ class Client:
             text = answer.read().decode()
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            if kept and isinstance(error, ConnectionError):     # it was ended while the request was on its way
+            if kept and not creates and isinstance(error, ConnectionError):     # ended on the way
                 return self._request(method, *path, **fields)
-            raise error if isinstance(error, OSError) else ConnectionError(f"half an answer: {error!r}") from error
-        if answer.status < 300:
-            return text
-        errors = {400: BadRequest, 401: Unauthorized, 404: NotFound, 503: Unavailable,
-                  409: Exists if path == ("pot", "create") else Exhausted}
-        raise errors.get(answer.status, IdpotError)(text.strip())
+            if isinstance(error, OSError):
+                raise
+            raise ConnectionError(f"half an answer: {error!r}") from error
+        if answer.status >= 300:
+            kind = self.ERRORS.get(answer.status, IdpotError)
+            raise (Exists if creates and kind is Exhausted else kind)(text.strip())
+        return text
 
     def close(self):
         self._connection.close()
@@ -1642,10 +2330,10 @@ class Client:
         self.close()
 
 
-# --------------------------------------------------------------------------------------- service manager
+# --------------------------------------------------------------------------------- service manager
 
 def notify(state):
-    """Tells systemd a state such as READY=1, as sd_notify(3) does; nothing where no service manager listens."""
+    """Tells systemd a state such as READY=1, as sd_notify(3) does, if it listens."""
     path = os.environ.get("NOTIFY_SOCKET")
     if path:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -1654,9 +2342,10 @@ def notify(state):
 
 
 def inherited_listener():
-    """The listening socket that systemd (LISTEN_FDS) or start_server (SERVER_STARTER_PORT) left open, or None."""
-    entries = [entry for entry in os.environ.pop("SERVER_STARTER_PORT", "").split(";") if entry]
-    descriptors = [int(entry.rpartition("=")[2]) for entry in entries]      # host:port=fd, or path=fd
+    """The listening socket that systemd (LISTEN_FDS) or start_server left open, or None."""
+    entries = os.environ.pop("SERVER_STARTER_PORT", "").split(";")
+    # host:port=fd or path=fd
+    descriptors = [int(entry.rpartition("=")[2]) for entry in entries if entry]
     if os.environ.get("LISTEN_PID") == str(os.getpid()):
         descriptors += range(3, 3 + int(os.environ.get("LISTEN_FDS", "0")))
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
@@ -1669,156 +2358,147 @@ def inherited_listener():
     return socket.socket(fileno=descriptors[0])
 
 
-# ------------------------------------------------------------------------------------------ command line
-
-STOP = (signal.SIGTERM, signal.SIGINT)
-SIGNALS = (*STOP, signal.SIGHUP, signal.SIGCHLD)
-
-
 def listen(host, port):
     """The inherited listening socket, or one on the address; raises StartError."""
     try:
         listener = inherited_listener()
-        if not listener:
+        if not listener and not host and socket.has_dualstack_ipv6():
+            listener = socket.create_server(
+                ("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)
+        elif not listener:
             family, _, _, _, address = socket.getaddrinfo(
                 host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-            listener = socket.create_server(address, family=family, backlog=1024)
-        listener.setblocking(False)     # another process may take a connection between select and accept
+            listener = socket.create_server(address, family=family, backlog=BACKLOG)
+        listener.setblocking(False)     # another process may take a connection before this one
         return listener
     except (OSError, ValueError) as error:
-        raise StartError(f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}")
+        reason = getattr(error, "strerror", None) or error
+        raise StartError(f"cannot listen on {host}:{port}: {reason}")
 
 
-class Service:
-    """A server as a whole: settings, listener, counters and marks, and the signals; in one process or several."""
+# ------------------------------------------------------------------------------------ command line
 
-    def __init__(self, settings):
-        self.settings, self.first = settings, os.getpid()
-        self.lines = open_logs(settings)
-        self.counters, self.marks = Counters(settings.workers), Marks(settings.workers)
-        self.store = settings.store(settings, self.counters)
-        self.description = self.store.start()
-        self.listener = listen(*settings.listen)
+STOPS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (*STOPS, signal.SIGHUP)
 
-    def run(self):
-        """Serves until a stop signal."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # before threads: the main thread waits for them
-        settings, name = self.settings, self.listener.getsockname()
-        unix = self.listener.family == socket.AF_UNIX
-        host, port = ("", 0) if unix else name[:2]
-        if not (unix or host.startswith("127.") or host == "::1" or settings.token or settings.admintoken):
-            log.warning("%s is not a loopback address and no Token is set: anybody who reaches it can create, raise "
-                        "and use up pots", host)
-        secret = settings.token or settings.admintoken or settings.dsn["password"]
-        if secret and settings.readable:
-            log.warning("%s holds secrets, and everybody can read it: chmod o-r", settings.path)
-        where = f"unix:{name}" if unix else f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        log.info("listening on %s (%s)", where, self.description)
-        notify(f"READY=1\nSTATUS={self.description}")
-        if settings.workers == 1:
-            self.serve()
-        else:
-            self.store.close()      # processes do not share a connection
-            self.supervise()
-        if os.getpid() == self.first:
-            log.info("stopped")
 
-    def serve(self):
-        """Serves in this process until a stop signal, or until the first process is gone."""
-        settings, counters, number = self.settings, self.counters, None
-        stores = [settings.store(settings, counters) for _ in range(self.store.connections - 1)]
-        server = Server(settings, self.listener, Allocator(settings, self.marks, counters, [*stores, self.store]), counters)
-        server.start()
-        while number not in STOP and self.first in (os.getpid(), os.getppid()):
-            number = getattr(signal.sigtimedwait(SIGNALS, 0.2), "si_signo", None)
-            server.access.flush()
-            self.tend(number)
-        server.stop()
-        end = time.monotonic() + settings.timeout
-        while server.connections and time.monotonic() < end:
-            if signal.sigtimedwait(STOP, 0.02) and settings.workers == 1:       # a second one stops at once
-                break
-        server.access.flush()
-        if not stores and not server.connections:
-            self.store.close()      # folds SQLite's journal into the file
+def warn_of_exposure(settings, host):
+    """Tells what others can reach or read."""
+    local = host.startswith("127.") or host == "::1"
+    if not (local or settings.token or settings.admintoken):
+        log.warning("%s is not a loopback address and no Token is set: anybody who reaches it can "
+                    "create, raise and use up pots", host)
+    secret = settings.token or settings.admintoken or settings.dsn["password"]
+    if settings.path and secret and os.stat(settings.path).st_mode & stat.S_IROTH:
+        log.warning("%s holds secrets, and everybody can read it: chmod o-r", settings.path)
 
-    def supervise(self):
-        """Keeps settings.workers processes running until a stop signal, and then until they have ended.
 
-        Returns in each of them, too, when it has served.
-        """
-        pids, stopping = {}, False                      # pid -> worker
-        starts = [0.0] * self.settings.workers          # when each was started, or is to be
-        delays = [0.1] * self.settings.workers          # seconds before it is replaced
-        while pids or not stopping:
-            now = time.monotonic()
-            for worker, start in enumerate(starts):
-                if stopping or start > now or worker in pids.values():
-                    continue
-                starts[worker] = now
-                try:
-                    pid = os.fork()
-                except OSError as error:        # the system has no more processes
-                    log.error("worker %d cannot be started: %s", worker, error)
-                    starts[worker] = now + 1
-                    continue
-                if not pid:
-                    self.marks.worker = self.counters.worker = worker
-                    return self.serve()
-                pids[pid] = worker
-            number = getattr(signal.sigtimedwait(SIGNALS, 0.2), "si_signo", None)
-            if number in (*STOP, signal.SIGHUP):
-                for pid in pids:    # workers do not count stop signals: systemd and Ctrl-C send them to all processes
-                    os.kill(pid, signal.SIGKILL if stopping and number in STOP else number)
-            if number in STOP:
-                stopping = True
-                self.listener.close()
-            self.tend(number)
-            for pid in [pid for pid in pids if os.waitpid(pid, os.WNOHANG)[0]]:
-                worker = pids.pop(pid)
-                delays[worker] = 0.1 if now - starts[worker] > 10 else min(30, 2 * delays[worker])
-                starts[worker] = now + delays[worker]
-                if not stopping:
-                    log.error("worker %d (pid %d) has ended; it is replaced in %.1f s", worker, pid, delays[worker])
-
-    def tend(self, number):
-        """Does what a signal, or a moment without one, asks of each process; systemd knows the first one only."""
-        if number == signal.SIGHUP and self.settings.logfile:
-            self.lines.reopen()
-        if os.getpid() != self.first:
-            return
+def serve(settings, metrics, lines, access):
+    """Serves until a stop signal; raises StartError."""
+    stores = settings.store.all(settings, metrics)
+    description = stores[0].start()
+    # The driver's timeouts end a statement after half of Timeout, at several addresses in turn.
+    allocator = Allocator(stores, metrics, stuck=3 * settings.timeout + 10)
+    listener = listen(*settings.listen)
+    server = Server(settings, listener, allocator, metrics, access)
+    try:
+        allocator.start()
+        threading.Thread(target=server.accept, daemon=True).start()
+    except RuntimeError as error:       # the system has no more threads
+        raise StartError(str(error))
+    if listener.family == socket.AF_UNIX:
+        where = f"unix:{listener.getsockname()}"
+    else:
+        host, port = listener.getsockname()[:2]
+        warn_of_exposure(settings, host)
+        where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    log.info("listening on %s (%s)", where, description)
+    log.handlers[0].flush()
+    notify(f"READY=1\nSTATUS={description}")
+    while True:
+        number = getattr(signal.sigtimedwait(SIGNALS, 1.0), "si_signo", None)
+        if number in STOPS:
+            break
         if number == signal.SIGHUP:
-            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-            notify("READY=1")
-        elif number in STOP:
-            notify("STOPPING=1")
-        if "WATCHDOG_USEC" in os.environ and min(self.counters.rows("heartbeat")) > time.monotonic() - 5:
-            notify("WATCHDOG=1")    # only while each process waits for clients
+            reload(settings, lines)
+        accepting = time.monotonic() < server.looked + 5
+        if "WATCHDOG_USEC" in os.environ and accepting and allocator.alive():
+            notify("WATCHDOG=1")
+    notify("STOPPING=1")
+    server.stop()
+    end = time.monotonic() + settings.timeout
+    while server.connections and time.monotonic() < end:
+        if signal.sigtimedwait(STOPS, 0.02):        # a second one stops at once
+            break
+        server.service_actions()
+    else:
+        allocator.stop()
+    log.info("stopped")
+
+
+def reload(settings, lines):
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    if settings.logfile:
+        lines.target.reopen()
+    notify("READY=1")
+
+
+def check(settings):
+    """Tries what a start needs and writes nothing; returns what was found; raises StartError."""
+    path = time.strftime(settings.logfile)
+    folder = os.path.dirname(path) or "."
+    if path and not os.path.isdir(folder):
+        raise StartError(f"LogFile {shown(path)}: its folder is not there")
+    if path and not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        which = "it" if os.path.exists(path) else "its folder"
+        raise StartError(f"LogFile {shown(path)}: {which} cannot be written")
+    return settings.store.all(settings, Metrics())[0].probe()
+
+
+def run(arguments):
+    """Does what the command line asks for; raises StartError."""
+    settings = load_settings(arguments.config)
+    settings.listen = arguments.listen or settings.listen
+    if arguments.check:
+        print(f"idpot: the settings are valid, {check(settings)}")
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):      # a service manager may forbid it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))    # the soft one is for select(2)
+    # Before any thread is made: the main thread alone waits for signals.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.stack_size(512 * 1024)    # with 8 MB a limit of address space is soon reached
+    # Each thread that waits for the GIL wakes so often: of thousands, nobody would get on.
+    sys.setswitchinterval(0.2)
+    metrics = Metrics()
+    events, lines, access = open_logs(settings, metrics)
+    try:
+        serve(settings, metrics, lines, access)
+    finally:
+        access.work_off()
+        lines.flush()
+        events.flush()
 
 
 def main(argv=None):
-    """Runs the command line; returns the exit code: 0 stopped, 1 cannot start, 78 wrong settings. Usage errors exit with 2."""
+    """Runs the command line; returns the exit code: 0 stopped, 1 cannot start, 78 wrong settings.
+
+    Wrong usage exits with 2.
+    """
     parser = argparse.ArgumentParser(prog="idpot", description="Serial 64-bit IDs over HTTP.")
-    parser.add_argument("--config", metavar="FILE", help="settings; without it SQLite in ./idpot.db")
-    parser.add_argument("--listen", metavar="HOST:PORT", type=split_address, help="address, in place of the file's")
-    parser.add_argument("--check", action="store_true", help="check the settings, reach the database, and exit")
+    parser.add_argument("--config", metavar="FILE",
+                        help="settings; without it SQLite in ./idpot.db")
+    parser.add_argument("--listen", metavar="HOST:PORT", type=split_address,
+                        help="address, in place of the file's")
+    parser.add_argument("--check", action="store_true",
+                        help="check the settings, reach the database, write nothing, and exit")
     parser.add_argument("--version", action="version", version=f"idpot {__version__}")
     arguments = parser.parse_args(argv)
     try:
-        settings = load_settings(arguments.config)
-        settings.listen = arguments.listen or settings.listen
-        if arguments.check:
-            settings.logfile = ""       # a check leaves no file behind
-            open_logs(settings)
-            print(f"idpot: the settings are valid, {settings.store(settings, Counters(1)).start()} is reached")
-            return 0
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        with contextlib.suppress(OSError, ValueError):      # a service manager may forbid it
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))      # the soft limit of 1024 is for select(2)
-        Service(settings).run()
+        run(arguments)
         return 0
     except StartError as error:
-        print(f"idpot: {error}", file=sys.stderr)
+        print(f"<3>{error}" if under_journald() else f"idpot: {error}", file=sys.stderr)
         return 1 if arguments.check else error.exit_code
     except KeyboardInterrupt:       # before it serves; later the signal is waited for
         print("idpot: interrupted", file=sys.stderr)
