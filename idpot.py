@@ -210,13 +210,19 @@ def parse_dsn(text):
     Raises SettingsError, which never shows the password.
     """
     left, slash, right = text.rpartition("/")
-    credentials, _, address = left.rpartition("@")
+    credentials, at, address = left.rpartition("@")
     user, _, password = credentials.partition(":")
     database, _, query = right.partition("?")
     if not slash or not database:
         raise SettingsError("there is no database name after a last /")
     dsn = {"user": user, "password": password, "database": urllib.parse.unquote(database),
-           "tls": "preferred", "ignored": [], **parse_dsn_address(address)}
+           "tls": "preferred", "ignored": []}
+    try:
+        dsn.update(parse_dsn_address(address))
+    except SettingsError:
+        if not at:      # what stands there may be the password
+            raise SettingsError("there is no @ before an address, such as tcp(host:port)")
+        raise
     for pair in query.split("&"):
         parameter, equals, value = pair.partition("=")
         if parameter in DSN_PARAMETERS:
@@ -897,8 +903,9 @@ class MysqlServers:
 
     def check_server(self, connection):
         """Raises Retry or Refused where the server cannot issue IDs."""
-        state = global_variables(
-            connection, "read_only", "wsrep_on", "group_replication_group_name")
+        state = dict(select_rows(
+            connection, "SHOW GLOBAL VARIABLES WHERE Variable_name IN "
+                        "('read_only', 'wsrep_on', 'group_replication_group_name')"))
         if state.get("wsrep_on") == "ON":
             ready = select_rows(connection, "SHOW GLOBAL STATUS LIKE 'wsrep_ready'")
             if ready[0][1] != "ON":
@@ -912,7 +919,9 @@ class MysqlServers:
             self._check_group(connection)
         if state.get("read_only", "OFF") not in ("OFF", "0"):
             raise Retry(f"{CANNOT}: it is read-only (error 1290)")
-        cluster = cluster_kind(state)
+        cluster = "a Group Replication member" if group else ""
+        if state.get("wsrep_on") == "ON":
+            cluster = "a Galera node"
         if cluster:
             for table, engine in [("Engine", self.engine), *pot_tables(connection)]:
                 if engine.lower() != "innodb":      # each node would count for itself
@@ -946,7 +955,9 @@ class MysqlServers:
         if self._warned:
             return
         self._warned = True
-        state = global_variables(connection, "innodb_flush_log_at_trx_commit", "flush")
+        state = dict(select_rows(
+            connection, "SHOW GLOBAL VARIABLES WHERE Variable_name IN "
+                        "('innodb_flush_log_at_trx_commit', 'flush')"))
         engines = {engine.lower(): engine for _, engine in pot_tables(connection)}
         engines[self.engine.lower()] = self.engine
         if "innodb" in engines and state.get("innodb_flush_log_at_trx_commit") != "1":
@@ -965,17 +976,6 @@ def run_statement(connection, statement):
 def select_rows(connection, query):
     connection.cmd_query(query)     # a cursor would ping the server first
     return connection.get_rows()[0]
-
-
-def global_variables(connection, *names):
-    return dict(select_rows(connection, f"SHOW GLOBAL VARIABLES WHERE Variable_name IN {names}"))
-
-
-def cluster_kind(state):
-    """What the server is in a cluster, by its variables; empty where it is in none."""
-    if state.get("wsrep_on") == "ON":
-        return "a Galera node"
-    return "a Group Replication member" if state.get("group_replication_group_name") else ""
 
 
 def pot_tables(connection):
@@ -1061,20 +1061,26 @@ class MysqlStore:
         """
         self.connect()
         start = time.monotonic()
+        sound = False       # after any surprise a reply could be that of another statement
         try:
-            return function(self._connection, *arguments)
+            value = function(self._connection, *arguments)
+            sound = True
+            return value
         except self._driver_error as error:
-            waited = time.monotonic() - start
-            if error.errno in HUNG and waited > 0.9 * self._servers.lock_wait:
+            sound = error.errno in OF_ONE_POT
+            if error.errno in HUNG and time.monotonic() - start > 0.9 * self._servers.lock_wait:
                 self._servers.note_hung(self._address)
             failure = self._translated(error, pot)
             failure.__cause__ = error
+            if not sound:
+                self._tell(failure)
+            raise failure
         except Unavailable as error:
-            failure = error
-        if failure.__cause__ is None or failure.__cause__.errno not in OF_ONE_POT:
-            self.close()
-            self._tell(failure)
-        raise failure
+            self._tell(error)
+            raise
+        finally:
+            if not sound:
+                self.close()
 
     def _select(self, query, pot=""):
         return self._run(pot, select_rows, query)
@@ -1138,10 +1144,10 @@ class MysqlStore:
     def create(self, pot, low):
         """Makes the table and its row under a lock: a table without a row was left by a crash."""
         engine = self._servers.engine
-        cluster = cluster_kind(self._run(
-            pot, global_variables, "wsrep_on", "group_replication_group_name"))
-        if cluster and engine.lower() != "innodb":
-            raise Unavailable(f"{cluster} replicates InnoDB only, not {engine}")
+        try:
+            self._run("", self._servers.check_server)
+        except Refused as error:
+            raise Unavailable(str(error).removeprefix("Engine: "))
         if not self._select(f"SELECT GET_LOCK('pot_{pot}', {self._servers.lock_wait})")[0][0]:
             raise Retry(f"another create of pot {shown(pot)} takes too long")
         try:
@@ -1183,8 +1189,7 @@ class MysqlStore:
                 return rows
         if len(pots) == 1:
             return [(pots[0], "-")]
-        half = len(pots) // 2
-        return self._currents(pots[:half]) + self._currents(pots[half:])
+        return [row for pot in pots for row in self._currents([pot])]
 
     def check(self, pot):
         """Raises Unavailable where no ID could be issued now; pot: the one used last, if any."""
@@ -1226,7 +1231,8 @@ class Job:
         self.count = count
         self.call = call
         self.start = time.monotonic()
-        self._taken = threading.Lock()      # held for ever by the thread that answers
+        # Held for ever by the thread that answers: the cheapest way to let only one.
+        self._taken = threading.Lock()
         if limits:
             self.__dict__.update(limits)    # patience, retries, gone
 
@@ -1248,7 +1254,10 @@ class Job:
         """False where it was answered, or where its client closed after a second of waiting."""
         if time.monotonic() - self.start > 1 and self.gone():
             self.finish(error=Unavailable("the client has closed its side"))
-        return not self._taken.locked()
+        return not self.answered()
+
+    def answered(self):
+        return self._taken.locked()
 
 
 class Worker:
@@ -1332,15 +1341,17 @@ class Allocator:
             except Exception:       # MemoryError, say: the worker lives on
                 with contextlib.suppress(MemoryError, RuntimeError):
                     log.exception("a worker")
+                self._stopped.wait(0.2)     # what repeats must not spin
         worker.store.close()
 
     def _work_once(self, worker):
         """Serves the pot that has waited longest, or waits for one, or for a connection."""
         with self._lock:
+            # One that is not connected goes to the bottom: its client would wait for TLS.
             connected = worker.store.connected
             pot = self._pots.popleft() if self._pots and connected else None
             wanted = bool(pot or self._pots)
-            if not wanted:      # those that are connected are taken first
+            if not wanted:
                 self._idle.insert(len(self._idle) if connected else 0, worker)
         if pot:
             self._serve(pot, worker.store)
@@ -1358,7 +1369,10 @@ class Allocator:
             worker.failures = 0
         except Unavailable as error:
             with self._lock:
+                for pot in self._pots:      # an outage may last for days
+                    self._queues[pot] = [job for job in self._queues[pot] if not job.answered()]
                 waiting = [job for pot in self._pots for job in self._queues[pot]]
+                # No connection here may be none anywhere, but another worker may still have one.
                 self._wake_one()
             self._put_off(waiting, error)
             worker.failures += 1
@@ -1390,6 +1404,7 @@ class Allocator:
             self._put_off(jobs, error)
             again = [job for job in jobs if job.wanted()]
             self._metrics.add("idpot_db_retries_total", len(again))
+            # The pot stays here meanwhile: no other worker meets the same trouble with it.
             self._pause(max(job.tries for job in jobs))
         finally:
             for job in failed:
@@ -1437,7 +1452,7 @@ class Allocator:
         except Retry:
             raise
         except IdpotError as error:
-            if type(error) is Unavailable:
+            if type(error) is Unavailable:      # /healthz is to try what could not be served
                 self.last_pot = pot
             self._fail(pot, jobs, store, error)
             return
@@ -1713,7 +1728,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.buffer = b""       # what has arrived and was not read as a request
         self.began = None       # when the request that is being read began to arrive, if it did
         # Held from a whole request until its answer was sent; guards head, body, keep, start and
-        # render, which belong to that request, and job, what the allocator was asked for.
+        # render, which belong to that request, job, what the allocator was asked for, and unsent.
         self.turn = threading.Lock()
         self.job = None
         self.unsent = b""       # rest of an answer that a worker could not send at once
@@ -1722,6 +1737,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.ended = False      # whether end() was called
         self.wait(self.server.idle_patience)
         self.server.connections[self.request] = self
+        if self.server.stopping:        # stop() may not have met this one
+            self.hurry()
 
     def wait(self, patience):
         """The client is to send, or to read, within patience seconds from now."""
@@ -1761,7 +1778,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.turn.acquire()
         self.head = head
         self.body = body
-        self.keep = head.keep and not failure and not self.server.stopping
+        self.keep = head.keep and not (failure or self.ended or self.server.stopping)
         self.start = self.began
         self.began = None
         if failure:
@@ -1806,7 +1823,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = bytearray(self.buffer)
         if head.expect and len(body) < head.length:
             with self.turn:     # behind the answer to the request before
-                self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.send_and_wait(b"HTTP/1.1 100 Continue\r\n\r\n")
         while len(body) < head.length:
             data = self.receive()
             if not data:
@@ -1892,10 +1909,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def leave_to_worker(self, render, count=0, call=None):
         """Has a worker send the (status, body) of render(value).
 
-        For a client that has sent more already this thread does: it may not read its answers.
+        For a client that has sent more already this thread does: it may not read its answers. The
+        rest of the answer before goes first, too.
         """
         pot = self.head.pot
-        if self.buffer:
+        if self.buffer or self.unsent:
             self.reply(*render(self.wait_for(pot, count, call)))
         else:
             self.render = render
@@ -1918,11 +1936,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def deliver(self, value, error):
         """Answers in a worker, or at a timeout: waits for no client."""
-        answer = error_answer(error) if error else self.render(value)
+        answer = 500, b"internal error\n"       # where memory is short
         try:
-            self.reply(*answer, send=self.send_at_once)
-        except OSError:
-            pass        # the client has gone, as the thread will see
+            answer = error_answer(error) if error else self.render(value)
+        finally:
+            with contextlib.suppress(OSError):      # the client has gone, as the thread will see
+                self.reply(*answer, send=self.send_at_once)
 
     def reply(self, status, body, header=b"", form=PLAIN, send=None):
         """Sends an answer, as slowly as the client reads, or by send; then the next one may go."""
@@ -2014,7 +2033,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def gone(self):
         """Whether the client has closed its side; it may still read."""
         try:
-            return not self.request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            # After end() the socket says so in any case.
+            return not (self.ended or self.request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
         except BlockingIOError:
             return False
         except OSError:
@@ -2028,9 +2048,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return parse_form(self.head, body, known) if body or self.head.query else {}
 
     def take_ids(self):
-        if not (self.head.query or self.body):
-            self.leave_to_worker(id_answer, 1)
-            return
         fields = self.fields("count", "range")
         if not fields:
             self.leave_to_worker(id_answer, 1)
@@ -2137,6 +2154,8 @@ class Server(http.server.ThreadingHTTPServer):
                 with contextlib.suppress(MemoryError, RuntimeError):
                     log.exception("the accepting thread")
                 time.sleep(LOOK)
+                if self.stopping:
+                    return None
 
     def stop(self):
         """Stops accepting, after what waits in the backlog; from now on answers close."""
@@ -2144,7 +2163,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.idle_patience = self.request_patience = HURRIED
         self.shutdown()
         self.timeout = 0
-        for _ in range(BACKLOG):        # under load there would always be one more
+        end = time.monotonic() + HURRIED    # under load there would always be one more
+        while time.monotonic() < end and select.select([self.socket], [], [], 0)[0]:
             self.handle_request()
         self.server_close()
         for handler in self.handlers():

@@ -31,6 +31,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import typing
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection, HTTPException, IncompleteRead
@@ -511,6 +512,27 @@ class TestAllocation:
             ("read b", 5),
             ("create a", idpot.Exists, "exists"),
             ("create b", idpot.Exists, "exists")]
+
+    def test_jobs_that_were_answered_do_not_pile_up_while_no_worker_can_connect(self):
+        class NoDatabase:
+            connected = False
+
+            def connect(self):
+                raise idpot.Retry("no database")
+
+            def close(self):
+                pass
+
+        allocator = idpot.Allocator([NoDatabase(), NoDatabase()], idpot.Metrics())
+        allocator.start()
+        try:
+            for number in range(50):
+                job = idpot.Job(lambda value, error: None, 1)
+                allocator.submit(f"pot{number % 5}", job)
+                job.expire()
+            wait_until(lambda: not any(allocator._queues.values()))
+        finally:
+            allocator.stop()
 
     def test_a_retry_puts_jobs_back_before_later_ones_and_answers_them_once(self, start):
         def fault():
@@ -1452,6 +1474,8 @@ REFUSED_SETTINGS = [    # the text of f.cfg, what is said
      'f.cfg: [Mysql] ConnectString: "h:65536" is not host:port'),
     ("[Mysql]\nConnectString=u:secret@tcp([::1)/d",
      'f.cfg: [Mysql] ConnectString: "[::1" is not host:port'),
+    ("[Mysql]\nConnectString = u:secret/d",
+     "f.cfg: [Mysql] ConnectString: there is no @ before an address, such as tcp(host:port)"),
     ("[Mysql]\nConnectString=u:secret@tcp(h/d",
      'f.cfg: [Mysql] ConnectString: "tcp(h" has no closing parenthesis at its end'),
     ("[Mysql]\nConnectString=u:secret@udp(h)/d",
@@ -2998,6 +3022,73 @@ def test_a_thread_that_cannot_be_started_ends_one_connection_only(run):
             assert each_begins_with(b"HTTP/1.1 200 ", served)
         old.sendall(GOOD)
         assert old.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
+def fill_until_it_blocks(sock):
+    """Fills the way to a peer that does not read; returns how many bytes that took."""
+    sent = 0
+    for size in (4096, 1):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sent += sock.send(b"#" * size, socket.MSG_DONTWAIT)
+    return sent
+
+
+class JobsOnly:
+    """Stands for an Allocator: the test answers the jobs itself."""
+    last_pot = ""
+
+    def __init__(self):
+        self.jobs = []
+
+    def submit(self, pot, job):
+        self.jobs.append(job)
+
+
+@pytest.fixture
+def server_in_process():
+    """An idpot.Server over JobsOnly, as (server, allocator, port)."""
+    allocator = JobsOnly()
+    listener = idpot.listen("127.0.0.1", 0)
+    access = types.SimpleNamespace(note=lambda answer: None)
+    server = idpot.Server(idpot.load_settings(), listener, allocator, idpot.Metrics(), access)
+    threading.Thread(target=server.accept, daemon=True).start()
+    yield server, allocator, listener.getsockname()[1]
+    server.stop()
+
+
+def test_the_rest_of_an_answer_goes_before_the_next_answer(server_in_process):
+    server, allocator, port = server_in_process
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        client.sendall(b"POST /id/a HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_until(lambda: len(allocator.jobs) == 1)
+        handler = server.handlers()[0]
+        filler = fill_until_it_blocks(handler.request)
+        client.sendall(b"POST /id/b HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_until(lambda: handler.began is not None)       # the second has been read
+        allocator.jobs[0].finish(111)
+        wait_until(lambda: len(allocator.jobs) == 2)
+        allocator.jobs[1].finish(222)
+        received = bytearray()
+        while not received.endswith(b"\r\n\r\n222"):
+            data = client.recv(65536)
+            assert data, received[-500:]
+            received += data
+        assert received[filler:].count(b"HTTP/1.1 200 ") == 2
+        assert received.index(b"\r\n\r\n111") < received.index(b"\r\n\r\n222")
+
+
+def test_a_stop_does_not_wait_for_room_where_all_connections_are_in_use(run):
+    server = run("[Server]\nTimeout = 2\nRequestTimeout = 60\nMaxConnections = 2\n")
+    server.create("p")
+    with connections(server, 2) as readers, connections(server, 1) as [newcomer]:
+        for reader in readers:
+            reader.sendall(b"POST /id/p?count=10000 HTTP/1.1\r\nHost: x\r\n\r\n" * 90)
+        newcomer.sendall(GOOD)
+        wait_until(lambda: select.select(readers, [], [], 0)[0])
+        begin = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() < begin + 4
 
 
 TOKEN_REQUESTS = [
