@@ -215,8 +215,13 @@ def parse_dsn(text):
     database, _, query = right.partition("?")
     if not slash or not database:
         raise SettingsError("there is no database name after a last /")
-    dsn = {"user": user, "password": password, "database": urllib.parse.unquote(database),
-           "tls": "preferred", "ignored": []}
+    dsn = {
+        "user": user,
+        "password": password,
+        "database": urllib.parse.unquote(database),
+        "tls": "preferred",
+        "ignored": [],
+    }
     try:
         dsn.update(parse_dsn_address(address))
     except SettingsError:
@@ -247,6 +252,7 @@ def parse_dsn_address(address):
 
 
 def limited(low, high):
+    """A converter to whole numbers from low to high."""
     return functools.partial(whole_number, low=low, high=high)
 
 
@@ -332,8 +338,13 @@ def load_settings(path=None):
     except SettingsError as error:
         raise SettingsError(f"{path}: {error}")
     dsn = values["connectstring"] or {
-        "user": values["username"], "password": values["password"], "database": values["dbname"],
-        "hosts": [(values["hostname"], values["port"])], "tls": "preferred", "ignored": []}
+        "user": values["username"],
+        "password": values["password"],
+        "database": values["dbname"],
+        "hosts": [(values["hostname"], values["port"])],
+        "tls": "preferred",
+        "ignored": [],
+    }
     values["admintoken"] = values["admintoken"] or values["token"]
     store = MysqlStore if "Mysql" in given else SqliteStore
     return types.SimpleNamespace(**values, path=path, dsn=dsn, store=store)
@@ -393,8 +404,10 @@ class StrftimeFileHandler(logging.Handler):
         new = f"{self.link}.{os.getpid()}"
         with contextlib.suppress(FileNotFoundError):
             os.unlink(new)      # a crash may have left it
-        os.symlink(os.path.relpath(self.path, os.path.dirname(self.link) or "."), new)
-        os.replace(new, self.link)      # atomic: the link never misses
+        target = os.path.relpath(self.path, os.path.dirname(self.link) or ".")
+        os.symlink(target, new)
+        # Atomic: the link never misses.
+        os.replace(new, self.link)
 
     def emit(self, record):
         data = ("\n" * self.torn + record.getMessage() + "\n").encode("ascii", "backslashreplace")
@@ -518,6 +531,7 @@ class AccessLog:
         threading.Thread(target=self._work, daemon=True).start()
 
     def note(self, answer):
+        """Notes an answer, as _noted holds them."""
         self._noted.append(answer)
         if not self._news.is_set():
             self._news.set()
@@ -537,8 +551,10 @@ class AccessLog:
             for _ in range(len(self._noted)):
                 host, head, status, size, begin, end = self._noted.popleft()
                 self._metrics.answered(head.route, head.method, status, end - begin)
-                self._add(f"{self._prefix}{host} - - [{log_time(int(epoch + end))}] "
-                          f"\"{head.line}\" {status} {size or '-'} {head.tail}")
+                moment = log_time(int(epoch + end))
+                shown_size = size or "-"
+                self._add(f'{self._prefix}{host} - - [{moment}] "{head.line}" {status} '
+                          f"{shown_size} {head.tail}")
 
     @classmethod
     def escape(cls, data):
@@ -573,6 +589,7 @@ class JournalFormatter(logging.Formatter):
 def under_journald():
     """Whether stderr is journald's (systemd.exec(5), JOURNAL_STREAM)."""
     status = os.fstat(2)
+    # Else the variable was inherited from a parent whose stderr was another one.
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
@@ -656,12 +673,15 @@ class Metrics:
         lines = []
         for name, (kind, meaning) in METRICS.items():
             own = re.compile(name + r"(_bucket|_sum|_count)?(\{.*)?")
-            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+            lines.append(f"# HELP {name} {meaning}")
+            lines.append(f"# TYPE {name} {kind}")
             lines += [f"{one} {value}" for one, value in series.items() if own.fullmatch(one)]
         return "\n".join([*lines, ""])
 
     def _histogram(self):
-        name, count, rows = "idpot_http_request_duration_seconds", 0, {}
+        name = "idpot_http_request_duration_seconds"
+        count = 0
+        rows = {}
         for limit, more in zip((*self.BUCKETS, "+Inf"), self._buckets):
             count += more
             rows[f'{name}_bucket{{le="{limit}"}}'] = count
@@ -752,7 +772,7 @@ class SqliteStore:
         return f"{self._what} can be used"
 
     def connect(self):
-        pass    # start() did
+        """Does nothing: start() has opened the file, and it stays open."""
 
     def _execute(self, statement, *values):
         try:
@@ -767,6 +787,7 @@ class SqliteStore:
             raise Unavailable(f"SQLite: {error}")
 
     def take(self, pot, count, floor):
+        # Two statements, but nobody else can write: the file is locked, and this its only thread.
         last = max(self.current(pot), floor or 0) + count
         if last > MAX_ID:
             raise Exhausted(f"pot {shown(pot)} is exhausted: fewer than {count} IDs are left")
@@ -847,7 +868,10 @@ class MysqlServers:
         self._hung = {}         # address -> when a statement hung there
         self._group = ""        # name of the replication group, once a server told one
         self._warned = False    # whether warn_of_engines() has looked
-        self.where = dsn.get("unix_socket") or ",".join("%s:%d" % one for one in self._addresses)
+        if "unix_socket" in dsn:
+            self.where = dsn["unix_socket"]
+        else:
+            self.where = ",".join(f"{host}:{port}" for host, port in self._addresses)
         # Of the time that a request may wait, half is for the first server to answer. The driver
         # takes whole seconds, and 0 as no limit.
         half = settings.timeout / 2
@@ -859,10 +883,15 @@ class MysqlServers:
             dsn.setdefault("collation", "utf8mb4_general_ci")
         if self._tls == "true":
             paths = ssl.get_default_verify_paths()
-            dsn.update(ssl_verify_cert=True, ssl_verify_identity=True,
-                       ssl_ca=paths.cafile or paths.openssl_cafile)
-        self.arguments = {**dsn, "autocommit": True, "ssl_disabled": self._tls == "false",
-                          "client_flags": [mysql.connector.ClientFlag.FOUND_ROWS]}
+            dsn["ssl_verify_cert"] = True
+            dsn["ssl_verify_identity"] = True
+            dsn["ssl_ca"] = paths.cafile or paths.openssl_cafile
+        self.arguments = {
+            **dsn,
+            "autocommit": True,
+            "ssl_disabled": self._tls == "false",
+            "client_flags": [mysql.connector.ClientFlag.FOUND_ROWS],
+        }
 
     def connect(self):
         """(connection, address) of the first address that can issue IDs now; one where a statement
@@ -876,6 +905,7 @@ class MysqlServers:
             try:
                 return self._open(address), address
             except (self.driver.Error, Unavailable) as error:
+                # Refused says more than a later address that is merely down.
                 trouble = trouble if isinstance(trouble, Refused) else error
         raise trouble
 
@@ -943,17 +973,23 @@ class MysqlServers:
                 raise
             raise Refused("on Group Replication the account needs GRANT SELECT ON "
                           "performance_schema.replication_group_members (error 1142)")
-        own = [f"{state} {role}" for mine, state, role in members if mine]
-        if own != ["ONLINE PRIMARY"]:
-            state = own[0].strip() if own else "no member"
-            raise Retry(f"{CANNOT}: its server is {state} in the replication group")
-        if 2 * sum(state == "UNREACHABLE" for _, state, _ in members) >= len(members):
+        own = "no member"
+        unreachable = 0
+        for mine, state, role in members:
+            unreachable += state == "UNREACHABLE"
+            if mine:
+                own = f"{state} {role}".strip()
+        if own != "ONLINE PRIMARY":
+            raise Retry(f"{CANNOT}: its server is {own} in the replication group")
+        # Its own word for it comes 5 to 6 seconds late; then a statement hangs until its timeout.
+        if 2 * unreachable >= len(members):
             raise Retry(f"{CANNOT}: the replication group has lost its majority")
 
     def warn_of_engines(self, connection):
         """Tells once which engines forget IDs at a power cut."""
         if self._warned:
             return
+        # Without a lock: all workers would set the same.
         self._warned = True
         state = dict(select_rows(
             connection, "SHOW GLOBAL VARIABLES WHERE Variable_name IN "
@@ -974,6 +1010,7 @@ def run_statement(connection, statement):
 
 
 def select_rows(connection, query):
+    """The rows of a query."""
     connection.cmd_query(query)     # a cursor would ping the server first
     return connection.get_rows()[0]
 
@@ -1114,6 +1151,7 @@ class MysqlStore:
         limit = MAX_ID - count
         last = self._update(
             pot, f"IF(id BETWEEN {floor} AND {limit}, LAST_INSERT_ID(id + {count}), id)")
+        # 0: LAST_INSERT_ID() was not called. It is no ID, since count is 1 at least.
         return last or self._take_above(pot, count, floor, limit)
 
     def _take_above(self, pot, count, floor, limit):
@@ -1237,6 +1275,7 @@ class Job:
             self.__dict__.update(limits)    # patience, retries, gone
 
     def gone(self):
+        """Whether its client has gone; whoever submits it may set another function."""
         return False
 
     def finish(self, value=None, error=None):
@@ -1317,6 +1356,7 @@ class Allocator:
                    for worker in self._workers)
 
     def connections(self):
+        """How many stores are connected."""
         return sum(worker.store.connected for worker in self._workers)
 
     def stop(self, patience=1.0):
@@ -1393,7 +1433,8 @@ class Allocator:
     def _serve(self, pot, store):
         """Serves the jobs that wait for the pot; those to be tried again come before later ones."""
         with self._lock:
-            jobs, self._queues[pot] = self._queues[pot], []
+            jobs = self._queues[pot]
+            self._queues[pot] = []
         again = []
         failed = jobs       # unless nothing unexpected happens
         try:
@@ -1586,14 +1627,18 @@ def parse_target(target):
 def check_beginning(head, start=0):
     """Raises the error that a head deserves, which need not be whole; looks at it from start on."""
     end = head.find(b"\r\n")
-    if (end if end >= 0 else len(head)) > MAX_LINE:
+    whole = end >= 0        # the request line
+    length = end if whole else len(head)
+    if length > MAX_LINE:
         raise HttpError(414, "the request line is too long")
     if len(head) > MAX_HEAD or head.count(b"\n") > MAX_FIELDS + 2:
         raise HttpError(431, "the header is too long")
     if FORBIDDEN.search(head, max(0, start - 1)):
         raise BadRequest("a control character, bare CR or bare LF is in the header")
-    if start <= end + 2 and end >= 0 and not re.fullmatch(REQUEST_LINE, head[:end + 2]):
-        raise BadRequest(f"{shown(head[:end].decode('latin-1'))} is not a request line")
+    # Once is enough, when it has become whole.
+    if whole and start <= end + 2 and not re.fullmatch(REQUEST_LINE, head[:end + 2]):
+        line = head[:end].decode("latin-1")
+        raise BadRequest(f"{shown(line)} is not a request line")
 
 
 def parse_fields(lines):
@@ -1638,6 +1683,7 @@ def parse_head(data):
         raise HttpError(417, "Expect is understood as 100-continue only")
     options = fields.get(b"connection", b"").lower().split(b",")
     connection = {option.strip() for option in options}
+    stays = b"close" not in connection and (not old or b"keep-alive" in connection)
     scheme, _, token = fields.get(b"authorization", b"").partition(b" ")
     referer = AccessLog.escape(fields.get(b"referer", b"-"))
     agent = AccessLog.escape(fields.get(b"user-agent", b"-"))
@@ -1647,7 +1693,7 @@ def parse_head(data):
         **parts,
         action=ACTIONS.get((parts["route"], method.decode())),
         old=old,
-        keep=b"close" not in connection and (not old or b"keep-alive" in connection),
+        keep=stays,
         length=length,
         expect=b"expect" in fields and not old,
         form=fields.get(b"content-type", FORM).split(b";")[0].strip().lower(),
@@ -1747,8 +1793,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def begin(self):
         """A request has begun to arrive."""
-        self.began = self.since = now = time.monotonic()
-        self.deadline = now + self.server.request_patience
+        self.wait(self.server.request_patience)
+        self.began = self.since
 
     # Reading, in the connection's thread
 
@@ -1765,7 +1811,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def parse_request(self):
         """Reads a whole request and takes the turn. As the stock method it returns False where
         there is none to serve, and has then answered any error."""
-        head, failure, body = None, None, b""
+        head = None
+        failure = None
+        body = b""
         try:
             head = self.read_head()
             if head and head.length:
@@ -1841,7 +1889,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def cut_off(self):
         if self.ended:
-            return HttpError(408, "the request did not arrive in time")     # RFC 9110, 15.5.9
+            # RFC 9110, 15.5.9
+            return HttpError(408, "the request did not arrive in time")
         return BadRequest("the request is cut off")
 
     def malformed_head(self):
@@ -1921,6 +1970,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def wait_for(self, pot, count=0, call=None, **limits):
         """What the allocator answers to a Job; raises its IdpotError."""
+        # A thread that waits for an answer is woken once; it cannot see its client close meanwhile.
         inbox = queue.SimpleQueue()
         self.submit(pot, Job(lambda value, error: inbox.put((value, error)), count, call, **limits))
         value, error = inbox.get()
@@ -1953,18 +2003,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.request.shutdown(socket.SHUT_WR)
         finally:
             if not self.began:
-                self.since = now = time.monotonic()
-                self.deadline = now + (self.server.idle_patience if self.keep else LINGER)
+                self.wait(self.server.idle_patience if self.keep else LINGER)
             self.job = None
             self.turn.release()
-            if not data:        # the next answer must not be taken for this one
+            if not data:
+                # Nothing was composed (no memory): the next answer must not be taken for this one.
                 self.request.shutdown(socket.SHUT_RDWR)
 
     def compose(self, status, body, header, form):
         """Notes the answer for the log, and returns it as one piece."""
-        head, start, now = self.head, self.start, time.monotonic()
+        head = self.head
+        now = time.monotonic()
+        start = self.start or now
         sent = b"" if head.method == "HEAD" else body
-        self.server.access.note((self.host, head, status, len(sent), start or now, now))
+        self.server.access.note((self.host, head, status, len(sent), start, now))
         if status != 204:       # RFC 9110, 8.6
             header += b"Content-Type: %s\r\nContent-Length: %d\r\n" % (form, len(body))
         if not self.keep:
@@ -1981,7 +2033,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             sent = 0
         if sent < len(data):
             self.unsent = data[sent:]
-            self.request.shutdown(socket.SHUT_RD)       # wakes the thread
+            # Wakes the thread: what has come is still read, and then the end is seen.
+            self.request.shutdown(socket.SHUT_RD)
 
     def send_and_wait(self, data):
         """Sends all, as slowly as the client reads."""
@@ -2028,6 +2081,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def end(self):
         """Has the thread see the end of the client's input, behind what has arrived."""
         self.ended = True
+        # Linux: what has arrived stays readable, and the end comes behind it (tcp(7)).
         self.request.shutdown(socket.SHUT_RD)
 
     def gone(self):
@@ -2044,8 +2098,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def fields(self, *known):
         """The request's fields; raises BadRequest for one that is not known."""
-        body = self.body if self.head.method == "POST" else b""     # elsewhere it means nothing
-        return parse_form(self.head, body, known) if body or self.head.query else {}
+        # Elsewhere than in a POST a body means nothing.
+        body = self.body if self.head.method == "POST" else b""
+        if not (body or self.head.query):
+            return {}
+        return parse_form(self.head, body, known)
 
     def take_ids(self):
         fields = self.fields("count", "range")
@@ -2188,6 +2245,7 @@ class Server(http.server.ThreadingHTTPServer):
         if len(self.connections) >= self.settings.maxconnections:
             self._make_room()
             if len(self.connections) >= self.settings.maxconnections:
+                # The accepting loop comes again at once: _make_room() has waited.
                 raise OSError(errno.EMFILE, "all connections are in use")
         try:
             request, address = super().get_request()
@@ -2218,6 +2276,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.close_request(request)     # again, where memory was short
             if self._free.qsize() >= KEPT_THREADS:
                 return
+            # The promise to take one item of _accepted.
             self._free.put(None)
             request, client_address = self._accepted.get()
 
@@ -2238,7 +2297,8 @@ class Server(http.server.ThreadingHTTPServer):
             return
         self.looked = now
         for handler in self.handlers():
-            with contextlib.suppress(OSError, ValueError):      # it was closed meanwhile
+            # It may be closed at any moment, by its thread.
+            with contextlib.suppress(OSError, ValueError):
                 handler.look(now)
 
     def _make_room(self):
@@ -2262,8 +2322,14 @@ class Client:
     before (after a restore without a raise, say), and OSError where the server cannot be reached or
     a timeout, in seconds, is over.
     """
-    ERRORS = {400: BadRequest, 401: Unauthorized, 403: Forbidden, 404: NotFound, 409: Exhausted,
-              503: Unavailable}
+    ERRORS = {
+        400: BadRequest,
+        401: Unauthorized,
+        403: Forbidden,
+        404: NotFound,
+        409: Exhausted,     # of a create: Exists
+        503: Unavailable,
+    }
 
     def __init__(self, url, token=None, timeout=15):
         parts = urllib.parse.urlsplit(url)
@@ -2319,9 +2385,12 @@ class Client:
         connection = self._connection
         creates = path == ("pot", "create")
         if connection.sock and select.select([connection.sock], [], [], 0)[0]:
-            connection.close()      # it was ended meanwhile, or has an answer that nobody asked for
+            # It was ended meanwhile, or has an answer that nobody asked for.
+            connection.close()
+        # On a kept connection the server may have ended it while the request was on its way.
         kept = connection.sock is not None
-        target = "/".join([self._prefix, *(urllib.parse.quote(part, safe="") for part in path)])
+        quoted = [urllib.parse.quote(part, safe="") for part in path]
+        target = "/".join([self._prefix, *quoted])
         body = urllib.parse.urlencode(fields) if fields else None
         headers = {**self._headers, "Content-Type": FORM.decode()} if body else self._headers
         try:
@@ -2330,7 +2399,7 @@ class Client:
             text = answer.read().decode()
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            if kept and not creates and isinstance(error, ConnectionError):     # ended on the way
+            if kept and not creates and isinstance(error, ConnectionError):
                 return self._request(method, *path, **fields)
             if isinstance(error, OSError):
                 raise
@@ -2441,12 +2510,14 @@ def serve(settings, metrics, lines, access):
             break
         if number == signal.SIGHUP:
             reload(settings, lines)
+        # systemd must hear of a hang of any thread, not of this one only.
         accepting = time.monotonic() < server.looked + 5
         if "WATCHDOG_USEC" in os.environ and accepting and allocator.alive():
             notify("WATCHDOG=1")
     notify("STOPPING=1")
     server.stop()
     end = time.monotonic() + settings.timeout
+    # Answers under way may need Timeout; closing the stores takes a second at most.
     while server.connections and time.monotonic() < end:
         if signal.sigtimedwait(STOPS, 0.02):        # a second one stops at once
             break
@@ -2469,8 +2540,8 @@ def check(settings):
     folder = os.path.dirname(path) or "."
     if path and not os.path.isdir(folder):
         raise StartError(f"LogFile {shown(path)}: its folder is not there")
-    if path and not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        which = "it" if os.path.exists(path) else "its folder"
+    which, place = ("it", path) if os.path.exists(path) else ("its folder", folder)
+    if path and not os.access(place, os.W_OK):
         raise StartError(f"LogFile {shown(path)}: {which} cannot be written")
     return settings.store.all(settings, Metrics())[0].probe()
 
