@@ -450,9 +450,9 @@ class BackgroundHandler(logging.Handler):
     def emit(self, record):
         self.add(self.format(record))
 
-    def add(self, line):
-        """Adds a line without logging's own cost."""
-        self._lines.append(line)
+    def add(self, *lines):
+        """Adds lines without logging's own cost."""
+        self._lines.extend(lines)
         if not self._news.is_set():
             self._news.set()
 
@@ -547,14 +547,15 @@ class AccessLog:
     def work_off(self):
         """Counts and logs what was noted so far."""
         with self._lock:
+            answers = [self._noted.popleft() for _ in range(len(self._noted))]
+            self._metrics.answered(answers)
             epoch = time.time() - time.monotonic()
-            for _ in range(len(self._noted)):
-                host, head, status, size, begin, end = self._noted.popleft()
-                self._metrics.answered(head.route, head.method, status, end - begin)
+            lines = []
+            for host, head, status, size, _, end in answers:
                 moment = log_time(int(epoch + end))
-                shown_size = size or "-"
-                self._add(f'{self._prefix}{host} - - [{moment}] "{head.line}" {status} '
-                          f"{shown_size} {head.tail}")
+                lines.append(f'{self._prefix}{host} - - [{moment}] "{head.line}" {status} '
+                             f"{size or '-'} {head.tail}")
+            self._add(*lines)
 
     @classmethod
     def escape(cls, data):
@@ -654,13 +655,14 @@ class Metrics:
         with self._lock:
             self._counters[series] += amount
 
-    def answered(self, route, method, status, elapsed):
-        """Counts a request that was answered, elapsed seconds after its arrival."""
-        method = method if method in ("GET", "HEAD", "POST") else "other"
+    def answered(self, answers):
+        """Counts answers, as the AccessLog notes them."""
         with self._lock:
-            self._requests[route, method, status] += 1
-            self._buckets[bisect.bisect_left(self.BUCKETS, elapsed)] += 1
-            self._seconds += elapsed
+            for _, head, status, _, begin, end in answers:
+                method = head.method if head.method in ("GET", "HEAD", "POST") else "other"
+                self._requests[head.route, method, status] += 1
+                self._buckets[bisect.bisect_left(self.BUCKETS, end - begin)] += 1
+                self._seconds += end - begin
 
     def text(self, gauges):
         """The Prometheus text format, version 0.0.4; gauges: further series and their values."""
