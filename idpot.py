@@ -57,7 +57,6 @@ import termios
 import threading
 import time
 import types
-import typing
 import urllib.parse
 
 __version__ = "2.0.0"
@@ -75,7 +74,7 @@ log = logging.getLogger("idpot")
 class IdpotError(Exception):
     """An answer other than success: `status` is its HTTP status, str() the one line of its body."""
     status = 500
-    header = b""    # a header line that belongs to the status
+    header = ""     # a header line that belongs to the status
 
 
 class BadRequest(IdpotError):
@@ -86,7 +85,7 @@ class BadRequest(IdpotError):
 class Unauthorized(IdpotError):
     """The bearer token is missing or wrong (RFC 6750)."""
     status = 401
-    header = b"WWW-Authenticate: Bearer\r\n"
+    header = "WWW-Authenticate: Bearer\r\n"
 
 
 class Forbidden(IdpotError):
@@ -112,7 +111,7 @@ class Exhausted(IdpotError):
 class Unavailable(IdpotError):
     """The database cannot issue an ID now; the same request may succeed later."""
     status = 503
-    header = b"Retry-After: 1\r\n"
+    header = "Retry-After: 1\r\n"
 
 
 class Broken(Unavailable):
@@ -435,44 +434,60 @@ class StderrHandler(logging.Handler):
             os.write(2, (record.getMessage() + "\n").encode("ascii", "backslashreplace"))
 
 
+class Background:
+    """Has a thread of its own work on what is added, in lists, so that nobody waits for that.
+
+    Where too much waits, the oldest is lost.
+    """
+
+    def __init__(self, work, pause):
+        self._work = work
+        self._pause = pause     # seconds for more to gather
+        self._items = collections.deque(maxlen=200000)
+        self._idle = False      # whether the thread waits for news, or is about to
+        self._news = threading.Event()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def add(self, *items):
+        self._items.extend(items)
+        if self._idle:
+            self._news.set()
+
+    def _run(self):
+        while True:
+            with contextlib.suppress(MemoryError, RuntimeError):
+                self._idle = True
+                if not self._items:     # what comes after this look finds it idle
+                    self._news.wait()
+                self._idle = False
+                self._news.clear()
+                self._work([self._items.popleft() for _ in range(len(self._items))])
+            time.sleep(self._pause)
+
+    def flush(self):
+        """Waits until all is done, for half a second at most."""
+        deadline = time.monotonic() + 0.5
+        while (self._items or not self._idle) and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+
 class BackgroundHandler(logging.Handler):
-    """Passes lines on to another handler in a thread of its own, so that neither IDs nor a stop
-    wait for a full pipe or a hung disk. Where too many lines wait, the oldest are lost."""
+    """Passes lines on to another handler in the background: neither IDs nor a stop wait for a full
+    pipe or a hung disk."""
 
     def __init__(self, target):
         super().__init__()
         self.target = target
-        self._lines = collections.deque(maxlen=200000)
-        self._news = threading.Event()
-        self._busy = False
-        threading.Thread(target=self._pass_on, daemon=True).start()
+        self._lines = Background(self._pass_on, 0.1)
+        self.add = self._lines.add      # without logging's own cost
+        self.flush = self._lines.flush
 
     def emit(self, record):
         self.add(self.format(record))
 
-    def add(self, *lines):
-        """Adds lines without logging's own cost."""
-        self._lines.extend(lines)
-        if not self._news.is_set():
-            self._news.set()
-
-    def _pass_on(self):
-        while True:
-            with contextlib.suppress(MemoryError, RuntimeError):
-                self._news.wait()
-                self._busy = True
-                self._news.clear()
-                lines = [self._lines.popleft() for _ in range(len(self._lines))]
-                if lines:
-                    self.target.emit(logging.makeLogRecord({"msg": "\n".join(lines)}))
-            self._busy = False
-            time.sleep(0.1)     # for lines to gather
-
-    def flush(self):
-        """Waits until all is written, for half a second at most."""
-        deadline = time.monotonic() + 0.5
-        while (self._news.is_set() or self._busy) and time.monotonic() < deadline:
-            time.sleep(0.005)
+    def _pass_on(self, lines):
+        if lines:
+            self.target.emit(logging.makeLogRecord({"msg": "\n".join(lines)}))
 
 
 class Troubles:
@@ -511,51 +526,30 @@ class Troubles:
 troubles = Troubles()
 
 
-class AccessLog:
-    """Makes lines of the NCSA combined format of the answers, and counts them for the metrics.
+class AccessLog(Background):
+    """Makes lines of the NCSA combined format of answers, and counts them for the metrics.
 
-    Answers are only noted where they are sent, and worked off in a thread of its own: what a
-    worker does between two answers decides the speed.
+    An answer is (host, head, status, bytes sent, start, end), these by time.monotonic(). It is only
+    added where it is sent: what a worker does between two answers decides the speed.
     """
     UNSAFE = re.compile(rb'["\\\x00-\x1f\x7f-\xff]')
     SECRET = re.compile(rb"(?is)(authorization|bearer).*")
 
     def __init__(self, handler, metrics, prefix=""):
-        self._add = handler.add
+        self._handler = handler
         self._metrics = metrics
         self._prefix = prefix
-        self._lock = threading.Lock()       # held by who works off, so that lines keep their order
-        # (host, head, status, bytes sent, begin, end), these by time.monotonic()
-        self._noted = collections.deque()
-        self._news = threading.Event()
-        threading.Thread(target=self._work, daemon=True).start()
+        super().__init__(self._log, 0.02)
 
-    def note(self, answer):
-        """Notes an answer, as _noted holds them."""
-        self._noted.append(answer)
-        if not self._news.is_set():
-            self._news.set()
-
-    def _work(self):
-        while True:
-            with contextlib.suppress(MemoryError, RuntimeError):
-                self._news.wait()
-                time.sleep(0.02)        # for answers to gather
-                self._news.clear()
-                self.work_off()
-
-    def work_off(self):
-        """Counts and logs what was noted so far."""
-        with self._lock:
-            answers = [self._noted.popleft() for _ in range(len(self._noted))]
-            self._metrics.answered(answers)
-            epoch = time.time() - time.monotonic()
-            lines = []
-            for host, head, status, size, _, end in answers:
-                moment = log_time(int(epoch + end))
-                lines.append(f'{self._prefix}{host} - - [{moment}] "{head.line}" {status} '
-                             f"{size or '-'} {head.tail}")
-            self._add(*lines)
+    def _log(self, answers):
+        self._metrics.answered(answers)
+        epoch = time.time() - time.monotonic()
+        lines = []
+        for host, head, status, size, _, end in answers:
+            moment = log_time(int(epoch + end))
+            lines.append(f'{self._prefix}{host} - - [{moment}] "{head.line}" {status} '
+                         f"{size or '-'} {head.tail}")
+        self._handler.add(*lines)
 
     @classmethod
     def escape(cls, data):
@@ -1258,32 +1252,36 @@ class Job:
     method and its arguments.
 
     answer(value, error) is called once: with the last of the IDs or what the method returned, or
-    with an IdpotError, by the worker, or by expire() when `patience` seconds are over. It is tried
-    again `retries` times at most. gone() tells whether its client has gone.
+    with an IdpotError, by the worker, or by expire() when `patience` seconds are over. It may
+    return a function that sends the answer, to be called when all who share a statement have
+    theirs. It is tried again `retries` times at most. gone() tells whether its client has gone.
     """
-    patience = 10.0
-    retries = math.inf
     tries = 0
+    retries = math.inf
     trouble = None      # the last error after which it was to be tried again
 
-    def __init__(self, answer, count=0, call=None, **limits):
+    def __init__(self, answer, count=0, call=None, patience=10.0, gone=bool):
         self.answer = answer
         self.count = count
         self.call = call
+        self.patience = patience
+        self.gone = gone
         self.start = time.monotonic()
-        # Held for ever by the thread that answers: the cheapest way to let only one.
-        self._taken = threading.Lock()
-        if limits:
-            self.__dict__.update(limits)    # patience, retries, gone
+        self._open = [True]     # the thread that pops this answers
 
-    def gone(self):
-        """Whether its client has gone; whoever submits it may set another function."""
-        return False
+    def settle(self, value=None, error=None):
+        """Makes the answer, unless that was done before; returns what sends it, if anything."""
+        try:
+            self._open.pop()
+        except IndexError:
+            return None
+        return self.answer(value, error)
 
     def finish(self, value=None, error=None):
         """Answers, unless that was done before."""
-        if self._taken.acquire(blocking=False):
-            self.answer(value, error)
+        send = self.settle(value, error)
+        if send:
+            send()
 
     def expire(self):
         """Answers that the time is over, and why."""
@@ -1291,14 +1289,17 @@ class Job:
         reason = f"{trouble}, tried for" if trouble else "the database did not answer in"
         self.finish(error=Unavailable(f"{reason} {self.patience:g} seconds"))
 
-    def wanted(self):
-        """False where it was answered, or where its client closed after a second of waiting."""
-        if time.monotonic() - self.start > 1 and self.gone():
-            self.finish(error=Unavailable("the client has closed its side"))
-        return not self.answered()
-
     def answered(self):
-        return self._taken.locked()
+        return not self._open
+
+
+def still_wanted(jobs):
+    """Those that were not answered, and whose clients have not gone after a second of waiting."""
+    now = time.monotonic()
+    for job in jobs:
+        if now - job.start > 1 and job.gone():
+            job.finish(error=Unavailable("the client has closed its side"))
+    return [job for job in jobs if not job.answered()]
 
 
 class Worker:
@@ -1440,12 +1441,12 @@ class Allocator:
         again = []
         failed = jobs       # unless nothing unexpected happens
         try:
-            self._serve_jobs(pot, [job for job in jobs if job.wanted()], store)
+            self._serve_jobs(pot, still_wanted(jobs), store)
             failed = []
         except Retry as error:
             failed = []
             self._put_off(jobs, error)
-            again = [job for job in jobs if job.wanted()]
+            again = still_wanted(jobs)
             self._metrics.add("idpot_db_retries_total", len(again))
             # The pot stays here meanwhile: no other worker meets the same trouble with it.
             self._pause(max(job.tries for job in jobs))
@@ -1489,7 +1490,7 @@ class Allocator:
 
     def _take(self, pot, jobs, store):
         """Takes the sum of the counts from the pot, and hands the IDs out in order."""
-        total = sum(job.count for job in jobs)
+        total = sum([job.count for job in jobs])
         try:
             last = self._timed(store.take, pot, total, self._highest.get(pot))
         except Retry:
@@ -1505,9 +1506,16 @@ class Allocator:
         self._metrics.add("idpot_ids_issued_total", total)
         troubles.end(f"pot {pot}")
         last -= total
-        for job in jobs:
-            last += job.count
-            job.finish(last)
+        sends = []
+        try:
+            for job in jobs:
+                last += job.count
+                sends.append(job.settle(last))
+        finally:
+            # All at once: between two of them the worker holds up the clients' threads, and these
+            # it, for so short a time that they seldom wait for each other.
+            for send in filter(None, sends):
+                send()
 
     def _fail(self, pot, jobs, store, error):
         """Answers the error, but where too many IDs were asked for together some may fit alone."""
@@ -1569,41 +1577,39 @@ ABSOLUTE = re.compile(rb"(?i)\Ahttps?://(?=[^/?:])" + HOST.pattern + b"(?=[/?]|$
 ONCE = (b"host", b"content-length", b"transfer-encoding", b"authorization", b"origin")
 FORM = b"application/x-www-form-urlencoded"
 EMPTY_LINES = re.compile(rb"(?:\r\n)+")
-PLAIN = b"text/plain; charset=utf-8"
-PROMETHEUS = b"text/plain; version=0.0.4; charset=utf-8"
-
-
-ANSWER_BEGINNINGS = {
-    int(status): b"HTTP/1.1 %d %s\r\nCache-Control: no-store\r\n" % (status, status.phrase.encode())
-    for status in http.HTTPStatus}
+PLAIN = "text/plain; charset=utf-8"
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class HttpError(IdpotError):
     """The form of the request is refused; its status says why (RFC 9110, 15.5; RFC 6585)."""
 
-    def __init__(self, status, text, header=b""):
+    def __init__(self, status, text, header=""):
         super().__init__(text)
         self.status = status
         self.header = header
 
 
-class Head(typing.NamedTuple):
+class Head:
     """The head of a request; of a malformed one only `line` tells something."""
-    method: str = "other"
-    path: str = ""              # decoded once
-    query: str = ""
-    route: str = "other"        # the template that the path matches
-    pot: str = ""
-    action: typing.Callable = None      # the Handler's method that answers
-    old: bool = True            # HTTP/1.0
-    keep: bool = False          # whether the client would keep the connection
-    length: int = 0             # of the body
-    expect: bool = False        # whether the client waits for 100 Continue
-    form: bytes = FORM
-    token: bytes = b""
-    origin: bool = False
-    line: str = "-"             # these two as the access log has them
-    tail: str = '"-" "-"'
+    method = "other"
+    path = ""               # decoded once
+    query = ""
+    route = "other"         # the template that the path matches
+    pot = ""
+    action = None           # the Handler's method that answers
+    old = True              # HTTP/1.0
+    keep = False            # whether the client would keep the connection
+    length = 0              # of the body
+    expect = False          # whether the client waits for 100 Continue
+    form = FORM
+    token = b""
+    origin = False
+    line = "-"              # these two as the access log has them
+    tail = '"-" "-"'
+
+    def __init__(self, **fields):
+        vars(self).update(fields)
 
 
 def parse_target(target):
@@ -1705,16 +1711,21 @@ def parse_head(data):
         tail=f'"{referer}" "{agent}"')
 
 
-# Whole requests without a body -> their Head: a client repeats itself to the byte, and what the
-# threads do between their system calls decides the speed (1.4 us more in each: wrk -c64 0.7).
-KNOWN_REQUESTS = {}
+# Bytes up to the empty line -> their Head: a client repeats itself to the byte, and what the threads
+# do between their system calls decides the speed (1.4 us more in each: wrk -c64 0.7).
+KNOWN_HEADS = {}
 
 
-def remember_request(data, head):
-    if len(data) <= 1024 and not head.length:
-        if len(KNOWN_REQUESTS) > 2048:
-            KNOWN_REQUESTS.clear()
-        KNOWN_REQUESTS[data] = head
+def known_head(data):
+    """As parse_head(), which is asked once."""
+    head = KNOWN_HEADS.get(data)
+    if not head:
+        head = parse_head(data)
+        if len(KNOWN_HEADS) > 2048:
+            KNOWN_HEADS.clear()
+        if len(data) <= 1024:
+            KNOWN_HEADS[data] = head
+    return head
 
 
 def parse_form(head, body, known):
@@ -1747,10 +1758,16 @@ def number_field(fields, name, low, high):
         raise BadRequest(f"{name} {error}")
 
 
-@functools.lru_cache(maxsize=1)
-def date_header(_second):
-    """The Date header (RFC 9110, 6.6.1); made anew when the second of time.monotonic() changes."""
-    return b"Date: %s\r\n" % email.utils.formatdate(usegmt=True).encode()
+@functools.lru_cache(maxsize=64)
+def answer_beginning(status, form, header):
+    """The head of an answer but for its length. The accepting thread clears this cache every LOOK
+    seconds, so that the Date is right (RFC 9110, 6.6.1)."""
+    phrase = http.HTTPStatus(status).phrase
+    lines = [f"HTTP/1.1 {status} {phrase}", "Cache-Control: no-store",
+             f"Date: {email.utils.formatdate(usegmt=True)}"]
+    if status != 204:
+        lines.append(f"Content-Type: {form}")
+    return "\r\n".join([*lines, header]).encode()
 
 
 def error_answer(error):
@@ -1758,19 +1775,20 @@ def error_answer(error):
 
 
 def id_answer(value):
-    return 200, b"%d" % value
+    return 200, b"%d" % value, ""
 
 
 def range_answer(count, last):
-    return 200, b"%d\t%d\n" % (last - count + 1, last)
+    return 200, b"%d\t%d\n" % (last - count + 1, last), ""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """A connection; its thread reads the requests. The head of this section tells its life."""
-    rbufsize = 0        # it is read from the socket: what has arrived is known at a timeout
+    """A connection; its thread reads the requests. The head of this section tells its life.
+
+    The stock rfile and wfile are not made: what has arrived must be known when the time is over.
+    """
 
     def setup(self):
-        super().setup()
         self.host = self.client_address[0].removeprefix("::ffff:") if self.client_address else LOCAL
         self.settings = self.server.settings
         self.buffer = b""       # what has arrived and was not read as a request
@@ -1779,6 +1797,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # render, which belong to that request, job, what the allocator was asked for, and unsent.
         self.turn = threading.Lock()
         self.job = None
+        self.status = 500
+        self.size = 0
         self.unsent = b""       # rest of an answer that a worker could not send at once
         self.sending = False    # whether the thread waits for the client to read
         self.unread = b""       # how much the client had not read at the last look
@@ -1788,15 +1808,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.stopping:        # stop() may not have met this one
             self.hurry()
 
-    def wait(self, patience):
-        """The client is to send, or to read, within patience seconds from now."""
+    def wait(self, limit):
+        """The client is to send, or to read, within limit seconds from now."""
         self.since = time.monotonic()
-        self.deadline = self.since + patience
-
-    def begin(self):
-        """A request has begun to arrive."""
-        self.wait(self.server.request_patience)
-        self.began = self.since
+        self.limit = limit
 
     # Reading, in the connection's thread
 
@@ -1841,31 +1856,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
         Raises IdpotError for what is no head, ends too soon or takes too long.
         """
         if self.buffer:
-            self.begin()
+            self.began = self.since = time.monotonic()
         else:
             self.buffer = self.receive()
-        head = KNOWN_REQUESTS.get(self.buffer)
+        head = KNOWN_HEADS.get(self.buffer)
         if head:
             self.buffer = b""
             return head
         seen = 0        # bytes of the buffer that were looked at
         while self.buffer:
+            end = self.buffer.find(b"\r\n\r\n", max(0, seen - 3)) + 4
             if self.buffer[:2] == b"\r\n":      # RFC 9112, 2.2
                 self.buffer = self.buffer[EMPTY_LINES.match(self.buffer).end():]
                 seen = 0
-            self.raw_requestline = self.buffer
-            end = self.buffer.find(b"\r\n\r\n", max(0, seen - 3)) + 4
-            if end > 3:
-                data, self.buffer = self.buffer[:end], self.buffer[end:]
-                head = parse_head(data)
-                remember_request(data, head)
-                return head
-            check_beginning(self.buffer, seen)
-            seen = len(self.buffer)
-            data = self.receive()
-            if not data and self.buffer:
-                raise self.cut_off()
-            self.buffer += data
+            elif end > 3:
+                self.raw_requestline, self.buffer = self.buffer[:end], self.buffer[end:]
+                return known_head(self.raw_requestline)
+            else:
+                self.raw_requestline = self.buffer
+                check_beginning(self.buffer, seen)
+                seen = len(self.buffer)
+                data = self.receive()
+                if not data:
+                    raise self.cut_off()
+                self.buffer += data
         return None
 
     def read_body(self, head):
@@ -1884,9 +1898,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def receive(self):
         """What comes next; nothing at the end."""
+        if self.began:
+            self.limit = self.server.request_patience
         data = self.request.recv(4096)
         if data and not self.began:
-            self.begin()
+            self.began = self.since = time.monotonic()
         return data
 
     def cut_off(self):
@@ -1907,14 +1923,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         if not self.job:
             self.wait(LINGER)
-        with contextlib.suppress(OSError):
-            while self.request.recv(4096) and (self.job or time.monotonic() < self.deadline):
+        try:
+            while self.request.recv(4096) and (
+                    self.job or time.monotonic() < self.since + self.limit):
                 pass
+        except OSError:
+            pass
         self.turn.acquire()
         if self.unsent:
             with contextlib.suppress(OSError):
                 self.send_and_wait(b"")
-        super().finish()
 
     # Answering
 
@@ -1955,7 +1973,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return NotFound(f"there is nothing at {shown(head.path)}")
         allowed = "GET, HEAD, POST" if (head.route, "POST") in ACTIONS else "GET, HEAD"
         return HttpError(405, f"{head.method[:20]} is not allowed here, but {allowed}",
-                         b"Allow: %s\r\n" % allowed.encode())
+                         f"Allow: {allowed}\r\n")
 
     def leave_to_worker(self, render, count=0, call=None):
         """Has a worker send the (status, body) of render(value).
@@ -1968,75 +1986,83 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.reply(*render(self.wait_for(pot, count, call)))
         else:
             self.render = render
-            self.submit(pot, Job(self.deliver, count, call))
+            self.job = job = Job(self.deliver, count, call, self.settings.timeout, self.gone)
+            self.server.allocator.submit(pot, job)
 
-    def wait_for(self, pot, count=0, call=None, **limits):
+    def wait_for(self, pot, count=0, call=None, retries=math.inf):
         """What the allocator answers to a Job; raises its IdpotError."""
         # A thread that waits for an answer is woken once; it cannot see its client close meanwhile.
         inbox = queue.SimpleQueue()
-        self.submit(pot, Job(lambda value, error: inbox.put((value, error)), count, call, **limits))
+        self.job = job = Job(
+            lambda *answer: inbox.put(answer), count, call, self.settings.timeout, self.gone)
+        job.retries = retries
+        self.server.allocator.submit(pot, job)
         value, error = inbox.get()
         if error:
             raise error
         return value
 
-    def submit(self, pot, job):
-        job.patience = self.settings.timeout
-        job.gone = self.gone
-        self.job = job
-        self.server.allocator.submit(pot, job)
-
     def deliver(self, value, error):
-        """Answers in a worker, or at a timeout: waits for no client."""
-        answer = 500, b"internal error\n"       # where memory is short
+        """Makes the answer, in a worker or at a timeout; returns what sends it without waiting."""
+        status, body, header = error_answer(error) if error else self.render(value)
+        self.answer = b""
         try:
-            answer = error_answer(error) if error else self.render(value)
+            self.answer = self.compose(status, body, header)
         finally:
-            with contextlib.suppress(OSError):      # the client has gone, as the thread will see
-                self.reply(*answer, send=self.send_at_once)
+            if not self.answer:     # no memory
+                self.answered()
+        return self.send_at_once
 
-    def reply(self, status, body, header=b"", form=PLAIN, send=None):
-        """Sends an answer, as slowly as the client reads, or by send; then the next one may go."""
-        data = b""
+    def reply(self, status, body, header="", form=PLAIN):
+        """Sends an answer, as slowly as the client reads."""
         try:
-            data = self.compose(status, body, header, form)
-            (send or self.send_and_wait)(data)
-            if not self.keep and not self.unsent:
-                self.request.shutdown(socket.SHUT_WR)
+            self.send_and_wait(self.compose(status, body, header, form))
         finally:
-            if not self.began:
-                self.wait(self.server.idle_patience if self.keep else LINGER)
-            self.job = None
-            self.turn.release()
-            if not data:
-                # Nothing was composed (no memory): the next answer must not be taken for this one.
-                self.request.shutdown(socket.SHUT_RDWR)
+            self.answered()
 
-    def compose(self, status, body, header, form):
-        """Notes the answer for the log, and returns it as one piece."""
+    def compose(self, status, body, header="", form=PLAIN):
+        """The answer as one piece."""
         head = self.head
-        now = time.monotonic()
-        start = self.start or now
-        sent = b"" if head.method == "HEAD" else body
-        self.server.access.note((self.host, head, status, len(sent), start, now))
-        if status != 204:       # RFC 9110, 8.6
-            header += b"Content-Type: %s\r\nContent-Length: %d\r\n" % (form, len(body))
         if not self.keep:
-            header += b"Connection: close\r\n"
+            header += "Connection: close\r\n"
         elif head.old:
-            header += b"Connection: keep-alive\r\n"
-        return b"%s%s%s\r\n%s" % (ANSWER_BEGINNINGS[status], date_header(int(now)), header, sent)
+            header += "Connection: keep-alive\r\n"
+        beginning = answer_beginning(status, form, header)
+        sent = b"" if head.method == "HEAD" else body
+        self.status = status
+        self.size = len(sent)
+        if status == 204:       # RFC 9110, 8.6
+            return beginning + b"\r\n"
+        return b"%sContent-Length: %d\r\n\r\n%s" % (beginning, len(body), sent)
 
-    def send_at_once(self, data):
+    def send_at_once(self):
         """Sends what can be sent without waiting; the connection's thread is to send the rest."""
+        data = self.answer
         try:
             sent = self.request.send(data, socket.MSG_DONTWAIT)
         except BlockingIOError:
             sent = 0
+        except OSError:     # the client has gone, as the thread will see
+            sent = len(data)
         if sent < len(data):
             self.unsent = data[sent:]
             # Wakes the thread: what has come is still read, and then the end is seen.
             self.request.shutdown(socket.SHUT_RD)
+        self.answered()
+
+    def answered(self):
+        """Notes an answer, after which the next one may go."""
+        now = time.monotonic()
+        answer = (self.host, self.head, self.status, self.size, self.start or now, now)
+        self.server.access.add(answer)
+        if not self.keep and not self.unsent:
+            with contextlib.suppress(OSError):
+                self.request.shutdown(socket.SHUT_WR)
+        if not self.began:
+            self.since = now
+            self.limit = self.server.idle_patience if self.keep else LINGER
+        self.job = None
+        self.turn.release()
 
     def send_and_wait(self, data):
         """Sends all, as slowly as the client reads."""
@@ -2060,21 +2086,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if unread != self.unread:
                 self.unread = unread
                 self.wait(self.settings.requesttimeout)
-            elif now > self.deadline:
+            elif now > self.since + self.limit:
                 self.request.shutdown(socket.SHUT_RDWR)
         elif job:
             # At a stop there is a second for the answers to leave before the server's time is over.
             hurry = min(1, job.patience / 4) if self.server.stopping else 0
             if now > job.start + job.patience - hurry:
                 job.expire()
-        elif now > self.deadline:
+        elif now > self.since + self.limit:
             self.end()
 
     def hurry(self):
         """At a stop there is only a moment for a request that is still on its way."""
         if not self.sending:
-            start = time.monotonic() if self.began else self.since
-            self.deadline = min(self.deadline, start + HURRIED)
+            passed = time.monotonic() - self.since if self.began else 0
+            self.limit = min(self.limit, passed + HURRIED)
 
     def silent(self):
         """Whether it is the client's turn to send."""
@@ -2100,10 +2126,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def fields(self, *known):
         """The request's fields; raises BadRequest for one that is not known."""
+        if not (self.body or self.head.query):
+            return {}
         # Elsewhere than in a POST a body means nothing.
         body = self.body if self.head.method == "POST" else b""
-        if not (body or self.head.query):
-            return {}
         return parse_form(self.head, body, known)
 
     def take_ids(self):
@@ -2159,7 +2185,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_metrics(self):
         self.fields()
-        self.server.access.work_off()
+        self.server.access.flush()
         text = self.server.metrics.text(self.server.gauges())
         self.reply(200, text.encode(), form=PROMETHEUS)
 
@@ -2273,17 +2299,22 @@ class Server(http.server.ThreadingHTTPServer):
     def _serve(self, request, client_address):
         """What a thread for connections does: it serves one after another."""
         while True:
-            with contextlib.suppress(MemoryError, RuntimeError):
+            try:
                 self.process_request_thread(request, client_address)
-            self.close_request(request)     # again, where memory was short
+            except (MemoryError, RuntimeError):
+                self.close_request(request)
             if self._free.qsize() >= KEPT_THREADS:
                 return
             # The promise to take one item of _accepted.
             self._free.put(None)
             request, client_address = self._accepted.get()
 
+    def shutdown_request(self, request):
+        """Closes a connection; that its client should see the end was done with its last answer."""
+        self.close_request(request)
+
     def close_request(self, request):
-        super().close_request(request)
+        request.close()
         self.connections.pop(request, None)
         self._closed.set()
 
@@ -2298,6 +2329,7 @@ class Server(http.server.ThreadingHTTPServer):
         if now < self.looked + LOOK:
             return
         self.looked = now
+        answer_beginning.cache_clear()
         for handler in self.handlers():
             # It may be closed at any moment, by its thread.
             with contextlib.suppress(OSError, ValueError):
@@ -2568,7 +2600,7 @@ def run(arguments):
     try:
         serve(settings, metrics, lines, access)
     finally:
-        access.work_off()
+        access.flush()
         lines.flush()
         events.flush()
 

@@ -3056,7 +3056,7 @@ def server_in_process():
     """An idpot.Server over JobsOnly, as (server, allocator, port)."""
     allocator = JobsOnly()
     listener = idpot.listen("127.0.0.1", 0)
-    access = types.SimpleNamespace(note=lambda answer: None)
+    access = types.SimpleNamespace(add=lambda answer: None)
     server = idpot.Server(idpot.load_settings(), listener, allocator, idpot.Metrics(), access)
     threading.Thread(target=server.accept, daemon=True).start()
     yield server, allocator, listener.getsockname()[1]
@@ -4063,7 +4063,7 @@ def test_galera_refuses_to_create_myisam_later(galera, run):
 def run_two(run, nodes, pot):
     """Two idpots that prefer different nodes, and see the new pot."""
     for node in nodes:
-        wait_until(node.answers, 30)
+        wait_until(node.answers, 60)
     a, b, c = nodes
     first = run(on_cluster([a, b, c]))
     second = run(on_cluster([b, c, a]))
