@@ -543,13 +543,10 @@ class AccessLog(Background):
 
     def _log(self, answers):
         self._metrics.answered(answers)
-        epoch = time.time() - time.monotonic()
-        lines = []
-        for host, head, status, size, _, end in answers:
-            moment = log_time(int(epoch + end))
-            lines.append(f'{self._prefix}{host} - - [{moment}] "{head.line}" {status} '
-                         f"{size or '-'} {head.tail}")
-        self._handler.add(*lines)
+        moment = time.strftime("%d/%b/%Y:%H:%M:%S %z")
+        self._handler.add(*[
+            f'{self._prefix}{host} - - [{moment}] "{head.line}" {status} {size or "-"} {head.tail}'
+            for host, head, status, size, _, _ in answers])
 
     @classmethod
     def escape(cls, data):
@@ -565,11 +562,6 @@ class AccessLog(Background):
     def escape_malformed(cls, data):
         """As escape(), without what may be a token."""
         return cls.escape(cls.SECRET.sub(rb"\1...", data)) or "-"
-
-
-@functools.lru_cache(maxsize=1)
-def log_time(second):
-    return time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(second))
 
 
 class JournalFormatter(logging.Formatter):
@@ -641,7 +633,7 @@ class Metrics:
         for name in ("ids_issued", "db_statements", "db_seconds", "db_retries"):
             self._counters[f"idpot_{name}_total"] = 0
         self._requests = collections.Counter()      # (route, method, status) -> number
-        self._buckets = [0] * (len(self.BUCKETS) + 1)
+        self._within = dict.fromkeys(self.BUCKETS, 0)   # seconds -> answers that took no longer
         self._seconds = 0.0
         self._start = time.time()
 
@@ -651,12 +643,15 @@ class Metrics:
 
     def answered(self, answers):
         """Counts answers, as the AccessLog notes them."""
+        durations = sorted([end - start for _, _, _, _, start, end in answers])
+        alike = collections.Counter([(head, status) for _, head, status, _, _, _ in answers])
         with self._lock:
-            for _, head, status, _, begin, end in answers:
+            self._seconds += sum(durations)
+            for limit in self.BUCKETS:
+                self._within[limit] += bisect.bisect_right(durations, limit)
+            for (head, status), count in alike.items():
                 method = head.method if head.method in ("GET", "HEAD", "POST") else "other"
-                self._requests[head.route, method, status] += 1
-                self._buckets[bisect.bisect_left(self.BUCKETS, end - begin)] += 1
-                self._seconds += end - begin
+                self._requests[head.route, method, status] += count
 
     def text(self, gauges):
         """The Prometheus text format, version 0.0.4; gauges: further series and their values."""
@@ -676,12 +671,10 @@ class Metrics:
 
     def _histogram(self):
         name = "idpot_http_request_duration_seconds"
-        count = 0
-        rows = {}
-        for limit, more in zip((*self.BUCKETS, "+Inf"), self._buckets):
-            count += more
-            rows[f'{name}_bucket{{le="{limit}"}}'] = count
-        return {**rows, f"{name}_sum": self._seconds, f"{name}_count": count}
+        count = sum(self._requests.values())
+        rows = {f'{name}_bucket{{le="{limit}"}}': within for limit, within in self._within.items()}
+        return {**rows, f'{name}_bucket{{le="+Inf"}}': count, f"{name}_sum": self._seconds,
+                f"{name}_count": count}
 
     def _process(self):
         with open("/proc/self/statm") as file:
@@ -1673,6 +1666,7 @@ def parse_length(fields):
     return int(length)
 
 
+@functools.lru_cache(maxsize=2048)      # a client repeats itself to the byte
 def parse_head(data):
     """The Head of bytes up to the empty line, as strict as RFC 9112 allows; raises IdpotError."""
     check_beginning(data)
@@ -1709,23 +1703,6 @@ def parse_head(data):
         origin=b"origin" in fields,
         line=AccessLog.escape(b"%s %s HTTP/%s" % (method, target, version)),
         tail=f'"{referer}" "{agent}"')
-
-
-# Bytes up to the empty line -> their Head: a client repeats itself to the byte, and what the threads
-# do between their system calls decides the speed (1.4 us more in each: wrk -c64 0.7).
-KNOWN_HEADS = {}
-
-
-def known_head(data):
-    """As parse_head(), which is asked once."""
-    head = KNOWN_HEADS.get(data)
-    if not head:
-        head = parse_head(data)
-        if len(KNOWN_HEADS) > 2048:
-            KNOWN_HEADS.clear()
-        if len(data) <= 1024:
-            KNOWN_HEADS[data] = head
-    return head
 
 
 def parse_form(head, body, known):
@@ -1859,10 +1836,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.began = self.since = time.monotonic()
         else:
             self.buffer = self.receive()
-        head = KNOWN_HEADS.get(self.buffer)
-        if head:
-            self.buffer = b""
-            return head
         seen = 0        # bytes of the buffer that were looked at
         while self.buffer:
             end = self.buffer.find(b"\r\n\r\n", max(0, seen - 3)) + 4
@@ -1871,7 +1844,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 seen = 0
             elif end > 3:
                 self.raw_requestline, self.buffer = self.buffer[:end], self.buffer[end:]
-                return known_head(self.raw_requestline)
+                # No client can fill the cache with long ones.
+                parse = parse_head if end < 1024 else parse_head.__wrapped__
+                return parse(self.raw_requestline)
             else:
                 self.raw_requestline = self.buffer
                 check_beginning(self.buffer, seen)
@@ -2298,6 +2273,11 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _serve(self, request, client_address):
         """What a thread for connections does: it serves one after another."""
+        # When its client sends, it does not push aside the thread that runs, which has the GIL or
+        # is sending (sched(7)). wrk -c64 beside 582e2c9: 0.90, so 1.15; where two endless loops keep
+        # both cores busy 0.81, so 0.66.
+        with contextlib.suppress(OSError):      # a service manager may forbid it
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         while True:
             try:
                 self.process_request_thread(request, client_address)
