@@ -1928,7 +1928,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log.exception("request from %s", self.host)
             self.keep = False
             self.close_connection = True
-            self.reply(*error_answer(IdpotError("internal error")))
+            if self.turn.locked():      # it was not answered
+                self.reply(*error_answer(IdpotError("internal error")))
 
     def check_token(self, head):
         """Raises Unauthorized, or Forbidden, where the request lacks the bearer token it needs."""
@@ -1979,19 +1980,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def deliver(self, value, error):
         """Makes the answer, in a worker or at a timeout; returns what sends it without waiting."""
-        status, body, header = error_answer(error) if error else self.render(value)
         self.answer = b""
         try:
-            self.answer = self.compose(status, body, header)
+            answer = error_answer(error) if error else self.render(value)
+            self.answer = self.compose(*answer)
         finally:
             if not self.answer:     # no memory
+                self.keep = False
                 self.answered()
         return self.send_at_once
 
     def reply(self, status, body, header="", form=PLAIN):
         """Sends an answer, as slowly as the client reads."""
         try:
-            self.send_and_wait(self.compose(status, body, header, form))
+            data = self.compose(status, body, header, form)
+            self.note()
+            self.send_and_wait(data)
         finally:
             self.answered()
 
@@ -2013,6 +2017,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_at_once(self):
         """Sends what can be sent without waiting; the connection's thread is to send the rest."""
         data = self.answer
+        self.note()
         try:
             sent = self.request.send(data, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -2025,16 +2030,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.request.shutdown(socket.SHUT_RD)
         self.answered()
 
-    def answered(self):
-        """Notes an answer, after which the next one may go."""
-        now = time.monotonic()
+    def note(self):
+        """Notes the answer, before it is sent: who has it finds it counted."""
+        self.since = now = time.monotonic()
         answer = (self.host, self.head, self.status, self.size, self.start or now, now)
         self.server.access.add(answer)
+
+    def answered(self):
+        """The answer was sent, or cannot be: the next one may go."""
         if not self.keep and not self.unsent:
             with contextlib.suppress(OSError):
                 self.request.shutdown(socket.SHUT_WR)
         if not self.began:
-            self.since = now
             self.limit = self.server.idle_patience if self.keep else LINGER
         self.job = None
         self.turn.release()
