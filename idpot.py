@@ -532,7 +532,9 @@ class AccessLog(Background):
     An answer is (host, head, status, bytes sent, start, end), these by time.monotonic(). It is only
     added where it is sent: what a worker does between two answers decides the speed.
     """
-    UNSAFE = re.compile(rb'["\\\x00-\x1f\x7f-\xff]')
+    # Apache's way to write what could end a field or a line
+    ESCAPES = {byte: f"\\x{byte:02x}" for byte in (*range(32), *range(127, 256))}
+    ESCAPES.update({ord('"'): r'\"', ord("\\"): r"\\"})
     SECRET = re.compile(rb"(?is)(authorization|bearer).*")
 
     def __init__(self, handler, metrics, prefix=""):
@@ -550,13 +552,7 @@ class AccessLog(Background):
 
     @classmethod
     def escape(cls, data):
-        """The bytes as Apache logs them: quotes and backslashes escaped, others as \\xhh."""
-        return cls.UNSAFE.sub(cls._escaped, data).decode()
-
-    @staticmethod
-    def _escaped(match):
-        byte = match[0]
-        return b"\\" + byte if byte in b'"\\' else b"\\x%02x" % byte[0]
+        return data.decode("latin-1").translate(cls.ESCAPES)
 
     @classmethod
     def escape_malformed(cls, data):
@@ -828,10 +824,6 @@ CEILING = frozenset((1264, 1292, 1690, 3819, 4025))     # of a column, of BIGINT
 OF_ONE_POT = CEILING | frozenset((1054, 1146, 3098))    # the connection stays sound
 
 
-class NotYet(StartError):
-    """The database cannot serve now, but may later."""
-
-
 class Refused(Unavailable):
     """The server would break the promise, and waiting does not mend that."""
 
@@ -1041,25 +1033,29 @@ class MysqlStore:
             log.warning("ConnectString: these parameters are ignored: %s",
                         ", ".join(self._servers.ignored))
         try:
-            self.probe()
-        except NotYet as error:
-            self._tell(error.__cause__)
+            self._connect()
+        except Retry as error:      # it may come later
+            self._tell(error)
+        except Unavailable as error:
+            raise self._start_error(error)
         return self._what
 
     def probe(self):
         try:
             self._connect()
-            return f"{self._what} is reached"
-        except Refused as error:
-            raise SettingsError(str(error))
         except Unavailable as error:
-            cause = error.__cause__
-            reason = cause.msg if cause else str(error)
-            # What the two forms of the driver say to caching_sha2_password without TLS.
-            if cause and cause.errno == (2061 if self._servers.driver.HAVE_CEXT else 1045):
-                reason += "; such an account may need TLS on the server, or its socket: unix(/path)"
-            kind = NotYet if isinstance(error, Retry) else StartError
-            raise kind(f"{self._subject}: {' '.join(reason.split())}") from error
+            raise self._start_error(error)
+        return f"{self._what} is reached"
+
+    def _start_error(self, error):
+        if isinstance(error, Refused):
+            return SettingsError(str(error))
+        cause = error.__cause__
+        reason = cause.msg if cause else str(error)
+        # What the two forms of the driver say to caching_sha2_password without TLS.
+        if cause and cause.errno == (2061 if self._servers.driver.HAVE_CEXT else 1045):
+            reason += "; such an account may need TLS on the server, or its socket: unix(/path)"
+        return StartError(f"{self._subject}: {' '.join(reason.split())}")
 
     def connect(self):
         """Connects where there is no connection; raises Retry, Refused or Unavailable."""
@@ -1386,12 +1382,12 @@ class Allocator:
             # One that is not connected goes to the bottom: its client would wait for TLS.
             connected = worker.store.connected
             pot = self._pots.popleft() if self._pots and connected else None
-            wanted = bool(pot or self._pots)
-            if not wanted:
+            waiting = bool(pot or self._pots)
+            if not waiting:
                 self._idle.insert(len(self._idle) if connected else 0, worker)
         if pot:
             self._serve(pot, worker.store)
-        elif wanted:
+        elif waiting:
             self._connect(worker)
         else:
             worker.busy_since = None
