@@ -24,6 +24,7 @@ the storage engine survives; each answer is greater than all answers that ended 
 began. The value is in the database before the answer leaves, and nothing is fetched ahead.
 """
 
+import _thread
 import argparse
 import bisect
 import collections
@@ -49,7 +50,6 @@ import select
 import shlex
 import signal
 import socket
-import sqlite3
 import ssl
 import stat
 import sys
@@ -713,11 +713,13 @@ class SqliteStore:
         self._path = settings.file
         self._what = f"SQLite {settings.file}"
         self._metrics = metrics
+        import sqlite3      # only where it is used: 1 MB
+        self._sqlite = sqlite3
         self._db = None
 
     def start(self):
         try:
-            self._db = sqlite3.connect(
+            self._db = self._sqlite.connect(
                 self._path, timeout=0, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             mode = self._db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
@@ -725,7 +727,7 @@ class SqliteStore:
             self._db.execute(
                 "CREATE TABLE IF NOT EXISTS pot (name TEXT PRIMARY KEY, id INTEGER NOT NULL)")
             self._db.execute("BEGIN IMMEDIATE").execute("COMMIT")
-        except sqlite3.Error as error:
+        except self._sqlite.Error as error:
             reason = "another process uses it" if "locked" in str(error) else error
             raise StartError(f"SQLite file {shown(self._path)}: {reason}")
         if mode != "wal":
@@ -764,9 +766,9 @@ class SqliteStore:
             cursor = self._db.execute(statement, values)
             troubles.end(self._what)
             return cursor
-        except sqlite3.IntegrityError:
+        except self._sqlite.IntegrityError:
             raise Exists(f"pot {shown(values[0])} exists")
-        except sqlite3.Error as error:
+        except self._sqlite.Error as error:
             self._metrics.add('idpot_db_errors_total{errno="other"}')
             troubles.begin(self._what, f"{self._what}: {error}")
             raise Unavailable(f"SQLite: {error}")
@@ -1241,9 +1243,8 @@ class Job:
     method and its arguments.
 
     answer(value, error) is called once: with the last of the IDs or what the method returned, or
-    with an IdpotError, by the worker, or by expire() when `patience` seconds are over. It may
-    return a function that sends the answer, to be called when all who share a statement have
-    theirs. It is tried again `retries` times at most. gone() tells whether its client has gone.
+    with an IdpotError, by the worker, or by expire() when `patience` seconds are over. It is tried
+    again `retries` times at most. gone() tells whether its client has gone.
     """
     tries = 0
     retries = math.inf
@@ -1258,19 +1259,13 @@ class Job:
         self.start = time.monotonic()
         self._open = [True]     # the thread that pops this answers
 
-    def settle(self, value=None, error=None):
-        """Makes the answer, unless that was done before; returns what sends it, if anything."""
+    def finish(self, value=None, error=None):
+        """Answers, unless that was done before."""
         try:
             self._open.pop()
         except IndexError:
-            return None
-        return self.answer(value, error)
-
-    def finish(self, value=None, error=None):
-        """Answers, unless that was done before."""
-        send = self.settle(value, error)
-        if send:
-            send()
+            return
+        self.answer(value, error)
 
     def expire(self):
         """Answers that the time is over, and why."""
@@ -1495,16 +1490,9 @@ class Allocator:
         self._metrics.add("idpot_ids_issued_total", total)
         troubles.end(f"pot {pot}")
         last -= total
-        sends = []
-        try:
-            for job in jobs:
-                last += job.count
-                sends.append(job.settle(last))
-        finally:
-            # All at once: between two of them the worker holds up the clients' threads, and these
-            # it, for so short a time that they seldom wait for each other.
-            for send in filter(None, sends):
-                send()
+        for job in jobs:
+            last += job.count
+            job.finish(last)
 
     def _fail(self, pot, jobs, store, error):
         """Answers the error, but where too many IDs were asked for together some may fit alone."""
@@ -1747,6 +1735,9 @@ def error_answer(error):
     return error.status, f"{error}\n".encode(), error.header
 
 
+INTERNAL_ERROR = error_answer(IdpotError("internal error"))
+
+
 def id_answer(value):
     return 200, b"%d" % value, ""
 
@@ -1770,14 +1761,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # render, which belong to that request, job, what the allocator was asked for, and unsent.
         self.turn = threading.Lock()
         self.job = None
-        self.status = 500
-        self.size = 0
         self.unsent = b""       # rest of an answer that a worker could not send at once
         self.sending = False    # whether the thread waits for the client to read
         self.unread = b""       # how much the client had not read at the last look
         self.ended = False      # whether end() was called
         self.wait(self.server.idle_patience)
-        self.server.connections[self.request] = self
+        self.server.connections[self.request.fileno()] = self
         if self.server.stopping:        # stop() may not have met this one
             self.hurry()
 
@@ -1925,7 +1914,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.keep = False
             self.close_connection = True
             if self.turn.locked():      # it was not answered
-                self.reply(*error_answer(IdpotError("internal error")))
+                self.reply(*INTERNAL_ERROR)
 
     def check_token(self, head):
         """Raises Unauthorized, or Forbidden, where the request lacks the bearer token it needs."""
@@ -1975,28 +1964,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return value
 
     def deliver(self, value, error):
-        """Makes the answer, in a worker or at a timeout; returns what sends it without waiting."""
-        self.answer = b""
+        """Answers in a worker, or at a timeout: waits for no client."""
+        answer = INTERNAL_ERROR     # where memory is short
         try:
             answer = error_answer(error) if error else self.render(value)
-            self.answer = self.compose(*answer)
         finally:
-            if not self.answer:     # no memory
-                self.keep = False
-                self.answered()
-        return self.send_at_once
+            self.reply(*answer, send=self.send_at_once)
 
-    def reply(self, status, body, header="", form=PLAIN):
-        """Sends an answer, as slowly as the client reads."""
+    def reply(self, status, body, header="", form=PLAIN, send=None):
+        """Sends an answer, as slowly as the client reads, or by send; then the next one may go."""
+        data = b""
         try:
             data = self.compose(status, body, header, form)
-            self.note()
-            self.send_and_wait(data)
+            (send or self.send_and_wait)(data)
         finally:
-            self.answered()
+            if not data:        # no memory: the client is to see the end
+                self.keep = False
+            if not self.keep and not self.unsent:
+                with contextlib.suppress(OSError):
+                    self.request.shutdown(socket.SHUT_WR)
+            if not self.began:
+                self.limit = self.server.idle_patience if self.keep else LINGER
+            self.job = None
+            self.turn.release()
 
-    def compose(self, status, body, header="", form=PLAIN):
-        """The answer as one piece."""
+    def compose(self, status, body, header, form):
+        """Notes the answer, so that who has it finds it counted, and returns it as one piece."""
         head = self.head
         if not self.keep:
             header += "Connection: close\r\n"
@@ -2004,43 +1997,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             header += "Connection: keep-alive\r\n"
         beginning = answer_beginning(status, form, header)
         sent = b"" if head.method == "HEAD" else body
-        self.status = status
-        self.size = len(sent)
+        self.since = now = time.monotonic()
+        self.server.access.add((self.host, head, status, len(sent), self.start or now, now))
         if status == 204:       # RFC 9110, 8.6
             return beginning + b"\r\n"
         return b"%sContent-Length: %d\r\n\r\n%s" % (beginning, len(body), sent)
 
-    def send_at_once(self):
+    def send_at_once(self, data):
         """Sends what can be sent without waiting; the connection's thread is to send the rest."""
-        data = self.answer
-        self.note()
+        sent = 0
         try:
             sent = self.request.send(data, socket.MSG_DONTWAIT)
         except BlockingIOError:
-            sent = 0
+            pass
         except OSError:     # the client has gone, as the thread will see
-            sent = len(data)
+            return
         if sent < len(data):
             self.unsent = data[sent:]
             # Wakes the thread: what has come is still read, and then the end is seen.
             self.request.shutdown(socket.SHUT_RD)
-        self.answered()
-
-    def note(self):
-        """Notes the answer, before it is sent: who has it finds it counted."""
-        self.since = now = time.monotonic()
-        answer = (self.host, self.head, self.status, self.size, self.start or now, now)
-        self.server.access.add(answer)
-
-    def answered(self):
-        """The answer was sent, or cannot be: the next one may go."""
-        if not self.keep and not self.unsent:
-            with contextlib.suppress(OSError):
-                self.request.shutdown(socket.SHUT_WR)
-        if not self.began:
-            self.limit = self.server.idle_patience if self.keep else LINGER
-        self.job = None
-        self.turn.release()
 
     def send_and_wait(self, data):
         """Sends all, as slowly as the client reads."""
@@ -2184,6 +2159,14 @@ ACTIONS.update({(route, "HEAD"): action
                 for (route, method), action in ACTIONS.items() if method == "GET"})
 
 
+def is_open(descriptor):
+    try:
+        os.fstat(descriptor)
+        return True
+    except OSError:
+        return False
+
+
 class Server(http.server.ThreadingHTTPServer):
     """The HTTP server: accepts, keeps threads for connections, and bounds these."""
     SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -2199,7 +2182,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.metrics = metrics
         self.access = access
         self.guarded = bool(settings.token or settings.admintoken)
-        self.connections = {}       # socket -> its Handler, None until its thread has made that
+        # Descriptor -> its Handler, None until its thread has made that. The socket itself is held
+        # by the thread alone: should that die for lack of memory, the connection is closed.
+        self.connections = {}
         self.idle_patience = settings.idletimeout
         self.request_patience = settings.requesttimeout
         self.stopping = False
@@ -2210,6 +2195,11 @@ class Server(http.server.ThreadingHTTPServer):
 
     def accept(self):
         """What the accepting thread does, until stop()."""
+        # Inherited by the connections' threads: when a client sends, its thread does not push aside
+        # the one that runs, which has the GIL or is sending (sched(7)). wrk -c64 beside 582e2c9:
+        # 0.90, so 1.15; where two endless loops keep both cores busy 0.81, so 0.66.
+        with contextlib.suppress(OSError):      # a service manager may forbid it
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         while True:
             try:
                 return self.serve_forever(LOOK)
@@ -2259,7 +2249,7 @@ class Server(http.server.ThreadingHTTPServer):
             if error.errno in self.SCARCE:
                 self._make_room()
             raise
-        self.connections[request] = None
+        self.connections[request.fileno()] = None
         return request, address
 
     def process_request(self, request, client_address):
@@ -2268,24 +2258,18 @@ class Server(http.server.ThreadingHTTPServer):
             self._free.get_nowait()
             self._accepted.put((request, client_address))
         except queue.Empty:
-            # MemoryError here, where a new thread could not begin: start() would wait for ever.
-            bytes(2 << 20)
-            arguments = (request, client_address)
-            threading.Thread(target=self._serve, args=arguments, daemon=True).start()
+            bytes(2 << 20)      # MemoryError here rather than in the new thread
+            # threading.Thread would wait until it runs: of 1,000 busy clients that came together
+            # the last was answered after 0.8 s, so 0.2 s.
+            _thread.start_new_thread(self._serve, (request, client_address))
         troubles.end("accepting")
 
     def _serve(self, request, client_address):
         """What a thread for connections does: it serves one after another."""
-        # When its client sends, it does not push aside the thread that runs, which has the GIL or
-        # is sending (sched(7)). wrk -c64 beside 582e2c9: 0.90, so 1.15; where two endless loops keep
-        # both cores busy 0.81, so 0.66.
-        with contextlib.suppress(OSError):      # a service manager may forbid it
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         while True:
-            try:
+            with contextlib.suppress(MemoryError, RuntimeError):
                 self.process_request_thread(request, client_address)
-            except (MemoryError, RuntimeError):
-                self.close_request(request)
+            self.close_request(request)     # again, where memory was short
             if self._free.qsize() >= KEPT_THREADS:
                 return
             # The promise to take one item of _accepted.
@@ -2297,8 +2281,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.close_request(request)
 
     def close_request(self, request):
+        self.connections.pop(request.fileno(), None)
         request.close()
-        self.connections.pop(request, None)
         self._closed.set()
 
     def handle_error(self, request, client_address):
@@ -2313,10 +2297,13 @@ class Server(http.server.ThreadingHTTPServer):
             return
         self.looked = now
         answer_beginning.cache_clear()
-        for handler in self.handlers():
-            # It may be closed at any moment, by its thread.
+        for descriptor, handler in list(self.connections.items()):
+            # A thread may close its connection at any moment.
             with contextlib.suppress(OSError, ValueError):
-                handler.look(now)
+                if handler:
+                    handler.look(now)
+                elif not is_open(descriptor):       # its thread died before it made the Handler
+                    self.connections.pop(descriptor, None)
 
     def _make_room(self):
         """Ends the connection that has been silent longest, and waits until one is closed."""
