@@ -774,11 +774,18 @@ class SqliteStore:
             raise Unavailable(f"SQLite: {error}")
 
     def take(self, pot, count, floor):
-        # Two statements, but nobody else can write: the file is locked, and this its only thread.
-        last = max(self.current(pot), floor or 0) + count
-        if last > MAX_ID:
-            raise Exhausted(f"pot {shown(pot)} is exhausted: fewer than {count} IDs are left")
-        return self._set(pot, last)
+        # Nobody else can write, since the file is locked: the counter is at the floor, unless an
+        # error hid what was written. The read that this saves took a fifth of the speed (wrk -c64).
+        current = self.current(pot) if floor is None else floor
+        while True:
+            last = max(current, floor or 0) + count
+            if last > MAX_ID:
+                raise Exhausted(f"pot {shown(pot)} is exhausted: fewer than {count} IDs are left")
+            done = self._execute("UPDATE pot SET id = ? WHERE name = ? AND id = ?",
+                                 self._signed(last), pot, self._signed(current))
+            if done.rowcount == 1:
+                return last
+            current = self.current(pot)
 
     def current(self, pot):
         row = self._execute("SELECT id FROM pot WHERE name = ?", pot).fetchone()

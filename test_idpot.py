@@ -451,6 +451,40 @@ class Allocation:
         self.allocator.stop()
 
 
+@pytest.fixture
+def sqlite_store(tmp_path):
+    """An SqliteStore over a file of its own, with pot p at 10."""
+    (tmp_path / "idpot.cfg").write_text(f"[Sqlite]\nFile = {tmp_path}/idpot.db\n")
+    store = idpot.SqliteStore(idpot.load_settings(f"{tmp_path}/idpot.cfg"), idpot.Metrics())
+    store.start()
+    store.create("p", 10)
+    yield store
+    store.close()
+
+
+@pytest.mark.parametrize("floor, last", [(None, 13), (10, 13), (4, 13), (50, 53)])
+def test_sqlite_takes_above_the_floor_and_the_counter_whichever_is_higher(
+        sqlite_store, floor, last):
+    assert sqlite_store.take("p", 3, floor) == last
+    assert sqlite_store.current("p") == last
+
+
+@pytest.mark.parametrize("floor", [None, 7])
+def test_sqlite_takes_nothing_from_a_pot_that_is_not_there(sqlite_store, floor):
+    with pytest.raises(idpot.NotFound, match='there is no pot "q"'):
+        sqlite_store.take("q", 1, floor)
+
+
+def test_sqlite_goes_on_across_the_sign_of_its_integers_up_to_the_end(sqlite_store):
+    sqlite_store.raise_to("p", 2**63 - 2)
+    assert sqlite_store.take("p", 3, 2**63 - 2) == 2**63 + 1
+    assert sqlite_store.take("p", 1, 2**63 + 1) == 2**63 + 2
+    sqlite_store.raise_to("p", 2**64 - 3)
+    with pytest.raises(idpot.Exhausted, match="fewer than 3 IDs are left"):
+        sqlite_store.take("p", 3, 2**64 - 3)
+    assert sqlite_store.take("p", 2, 2**64 - 3) == 2**64 - 1
+
+
 class TestAllocation:
     @pytest.fixture
     def start(self):
