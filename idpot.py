@@ -1830,23 +1830,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.buffer = self.receive()
         seen = 0        # bytes of the buffer that were looked at
         while self.buffer:
-            end = self.buffer.find(b"\r\n\r\n", max(0, seen - 3)) + 4
             if self.buffer[:2] == b"\r\n":      # RFC 9112, 2.2
                 self.buffer = self.buffer[EMPTY_LINES.match(self.buffer).end():]
                 seen = 0
-            elif end > 3:
+            end = self.buffer.find(b"\r\n\r\n", max(0, seen - 3)) + 4
+            if end > 3:
                 self.raw_requestline, self.buffer = self.buffer[:end], self.buffer[end:]
                 # No client can fill the cache with long ones.
                 parse = parse_head if end < 1024 else parse_head.__wrapped__
                 return parse(self.raw_requestline)
-            else:
-                self.raw_requestline = self.buffer
-                check_beginning(self.buffer, seen)
-                seen = len(self.buffer)
-                data = self.receive()
-                if not data:
-                    raise self.cut_off()
-                self.buffer += data
+            self.raw_requestline = self.buffer
+            check_beginning(self.buffer, seen)
+            seen = len(self.buffer)
+            data = self.receive()
+            if not data and self.buffer:
+                raise self.cut_off()
+            self.buffer += data
         return None
 
     def read_body(self, head):

@@ -2780,6 +2780,18 @@ def connections(server, count, data=b""):
         yield opened
 
 
+def test_an_empty_line_that_comes_alone_does_not_end_the_connection(run):
+    server = run()
+    server.create("p")
+    with connections(server, 1, TWO + b"\r\n") as [connection]:
+        assert connection.recv(1000).endswith(b"\r\n\r\n1\n2\n")
+        for number in (3, 4):
+            connection.sendall(b"\r\n")
+            assert not select.select([connection], [], [], 0.2)[0]
+            connection.sendall(GOOD)
+            assert connection.recv(1000).endswith(b"\r\n\r\n%d" % number)
+
+
 def test_a_request_that_came_in_time_is_served_however_late_it_is_read(run):
     server = run("[Server]\nRequestTimeout = 0.2")
     server.create("p")
