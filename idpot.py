@@ -435,7 +435,7 @@ class StderrHandler(logging.Handler):
 
 
 class Background:
-    """Has a thread of its own work on what is added, in lists, so that nobody waits for that.
+    """A thread that works on what others add, as lists, so that they need not wait for it.
 
     Where too much waits, the oldest is lost.
     """
@@ -444,6 +444,7 @@ class Background:
         self._work = work
         self._pause = pause     # seconds for more to gather
         self._items = collections.deque(maxlen=200000)
+        self._lock = threading.Lock()   # held by who works, so that the lists keep their order
         self._idle = False      # whether the thread waits for news, or is about to
         self._news = threading.Event()
         threading.Thread(target=self._run, daemon=True).start()
@@ -461,13 +462,20 @@ class Background:
                     self._news.wait()
                 self._idle = False
                 self._news.clear()
-                self._work([self._items.popleft() for _ in range(len(self._items))])
+                self.work_off()
             time.sleep(self._pause)
+
+    def work_off(self):
+        """Works on what is there now, in the thread that calls."""
+        with self._lock:
+            items = [self._items.popleft() for _ in range(len(self._items))]
+            if items:
+                self._work(items)
 
     def flush(self):
         """Waits until all is done, for half a second at most."""
         deadline = time.monotonic() + 0.5
-        while (self._items or not self._idle) and time.monotonic() < deadline:
+        while (self._items or self._lock.locked()) and time.monotonic() < deadline:
             time.sleep(0.005)
 
 
@@ -486,8 +494,7 @@ class BackgroundHandler(logging.Handler):
         self.add(self.format(record))
 
     def _pass_on(self, lines):
-        if lines:
-            self.target.emit(logging.makeLogRecord({"msg": "\n".join(lines)}))
+        self.target.emit(logging.makeLogRecord({"msg": "\n".join(lines)}))
 
 
 class Troubles:
@@ -529,8 +536,8 @@ troubles = Troubles()
 class AccessLog(Background):
     """Makes lines of the NCSA combined format of answers, and counts them for the metrics.
 
-    An answer is (host, head, status, bytes sent, start, end), these by time.monotonic(). It is only
-    added where it is sent: what a worker does between two answers decides the speed.
+    An answer is (host, head, status, bytes sent, start, end), these by time.monotonic(). Where it
+    is sent it is only added: what a worker does between two answers decides the speed.
     """
     # Apache's way to write what could end a field or a line
     ESCAPES = {byte: f"\\x{byte:02x}" for byte in (*range(32), *range(127, 256))}
@@ -1430,7 +1437,7 @@ class Allocator:
             jobs = self._queues[pot]
             self._queues[pot] = []
         again = []
-        failed = jobs       # unless nothing unexpected happens
+        failed = jobs       # to be answered with 500, should anything unexpected be raised
         try:
             self._serve_jobs(pot, still_wanted(jobs), store)
             failed = []
@@ -1496,10 +1503,10 @@ class Allocator:
         self._metrics.add("idpot_db_statements_total")
         self._metrics.add("idpot_ids_issued_total", total)
         troubles.end(f"pot {pot}")
-        last -= total
+        given = last - total
         for job in jobs:
-            last += job.count
-            job.finish(last)
+            given += job.count
+            job.finish(given)
 
     def _fail(self, pot, jobs, store, error):
         """Answers the error, but where too many IDs were asked for together some may fit alone."""
@@ -1526,7 +1533,7 @@ class Allocator:
 # connection has a thread, its Handler, that reads requests; the allocator's workers take IDs. A
 # request goes from the connection's thread to a worker and never back: the worker itself sends a
 # short answer, without waiting for the client, while the thread is already reading again. Waking
-# the thread for that more than halved the throughput (wrk -c64: 12,589/s, so 31,004/s). Long or
+# the thread for that halved the throughput (wrk -c64: 12,589/s with it, 31,004/s without). Long or
 # rare answers, and those of clients that have sent more already, are waited for and sent by the
 # thread, so that a slow reader holds up nobody else.
 #
@@ -1627,7 +1634,7 @@ def check_beginning(head, start=0):
         raise HttpError(431, "the header is too long")
     if FORBIDDEN.search(head, max(0, start - 1)):
         raise BadRequest("a control character, bare CR or bare LF is in the header")
-    # Once is enough, when it has become whole.
+    # The request line is looked at when it has just become whole, not again with each piece.
     if whole and start <= end + 2 and not re.fullmatch(REQUEST_LINE, head[:end + 2]):
         line = head[:end].decode("latin-1")
         raise BadRequest(f"{shown(line)} is not a request line")
@@ -1770,17 +1777,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.job = None
         self.unsent = b""       # rest of an answer that a worker could not send at once
         self.sending = False    # whether the thread waits for the client to read
+        # These two without a lock: the thread, whoever answers, and hurry() write them, and look()
+        # reads them again 0.2 seconds later.
+        self.allow(self.server.idle_patience)
         self.unread = b""       # how much the client had not read at the last look
         self.ended = False      # whether end() was called
-        self.wait(self.server.idle_patience)
         self.server.connections[self.request.fileno()] = self
         if self.server.stopping:        # stop() may not have met this one
             self.hurry()
 
-    def wait(self, limit):
-        """The client is to send, or to read, within limit seconds from now."""
+    def allow(self, seconds):
+        """From now on the client has so many seconds to send, or to read."""
         self.since = time.monotonic()
-        self.limit = limit
+        self.limit = seconds
+
+    def begin(self):
+        """A request has begun to arrive."""
+        self.began = self.since = time.monotonic()
+        self.limit = self.server.request_patience
 
     # Reading, in the connection's thread
 
@@ -1825,7 +1839,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         Raises IdpotError for what is no head, ends too soon or takes too long.
         """
         if self.buffer:
-            self.began = self.since = time.monotonic()
+            self.begin()
         else:
             self.buffer = self.receive()
         seen = 0        # bytes of the buffer that were looked at
@@ -1833,13 +1847,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.buffer[:2] == b"\r\n":      # RFC 9112, 2.2
                 self.buffer = self.buffer[EMPTY_LINES.match(self.buffer).end():]
                 seen = 0
-            end = self.buffer.find(b"\r\n\r\n", max(0, seen - 3)) + 4
-            if end > 3:
-                self.raw_requestline, self.buffer = self.buffer[:end], self.buffer[end:]
+            end = self.buffer.find(b"\r\n\r\n", max(0, seen - 3))
+            if end >= 0:
+                end += 4
+                self.head_bytes, self.buffer = self.buffer[:end], self.buffer[end:]
                 # No client can fill the cache with long ones.
                 parse = parse_head if end < 1024 else parse_head.__wrapped__
-                return parse(self.raw_requestline)
-            self.raw_requestline = self.buffer
+                return parse(self.head_bytes)
+            self.head_bytes = self.buffer
             check_beginning(self.buffer, seen)
             seen = len(self.buffer)
             data = self.receive()
@@ -1864,11 +1879,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def receive(self):
         """What comes next; nothing at the end."""
-        if self.began:
-            self.limit = self.server.request_patience
         data = self.request.recv(4096)
         if data and not self.began:
-            self.began = self.since = time.monotonic()
+            self.begin()
         return data
 
     def cut_off(self):
@@ -1878,24 +1891,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return BadRequest("the request is cut off")
 
     def malformed_head(self):
-        line = re.match(rb"[^\r\n]*", self.raw_requestline)[0]
+        line = re.match(rb"[^\r\n]*", self.head_bytes)[0]
         return Head(line=AccessLog.escape_malformed(line[:MAX_LINE]))
 
     def finish(self):
-        """Closes the connection, once a worker has sent its last answer.
+        """Returns when the connection can be closed: a worker has sent the last answer.
 
         What the client still sends is read for a moment: to close with unread input would reset the
         connection, and could destroy the answer on its way (RFC 9112, 9.6).
         """
         if not self.job:
-            self.wait(LINGER)
-        try:
+            self.allow(LINGER)
+        with contextlib.suppress(OSError):
             while self.request.recv(4096) and (
                     self.job or time.monotonic() < self.since + self.limit):
                 pass
-        except OSError:
-            pass
-        self.turn.acquire()
+        # A worker answers sooner, unless a fault has kept it from that.
+        self.turn.acquire(timeout=self.settings.timeout + LINGER)
         if self.unsent:
             with contextlib.suppress(OSError):
                 self.send_and_wait(b"")
@@ -1913,13 +1925,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             head.action(self)
         except IdpotError as error:
             self.reply(*error_answer(error))
-        except OSError:
-            raise
-        except Exception:
-            log.exception("request from %s", self.host)
-            self.keep = False
+        except Exception as error:
             self.close_connection = True
-            if self.turn.locked():      # it was not answered
+            unanswered = self.turn.locked()
+            if unanswered or not isinstance(error, OSError):    # else the client has gone
+                log.exception("request from %s", self.host)
+            if unanswered:
+                self.keep = False
                 self.reply(*INTERNAL_ERROR)
 
     def check_token(self, head):
@@ -1943,10 +1955,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                          f"Allow: {allowed}\r\n")
 
     def leave_to_worker(self, render, count=0, call=None):
-        """Has a worker send the (status, body) of render(value).
+        """Has a worker send render(value), a (status, body, header).
 
-        For a client that has sent more already this thread does: it may not read its answers. The
-        rest of the answer before goes first, too.
+        A client that has sent more already may never read its answers: for that one this thread
+        waits and sends; also while a rest of the last answer is unsent, which goes first.
         """
         pot = self.head.pot
         if self.buffer or self.unsent:
@@ -1989,13 +2001,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not self.keep and not self.unsent:
                 with contextlib.suppress(OSError):
                     self.request.shutdown(socket.SHUT_WR)
-            if not self.began:
+            if not self.began:      # else the next request has a limit of its own
                 self.limit = self.server.idle_patience if self.keep else LINGER
             self.job = None
             self.turn.release()
 
     def compose(self, status, body, header, form):
-        """Notes the answer, so that who has it finds it counted, and returns it as one piece."""
+        """Notes the answer, so that who has it finds it counted, and returns it as one piece; the
+        client's time begins anew."""
         head = self.head
         if not self.keep:
             header += "Connection: close\r\n"
@@ -2011,26 +2024,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_at_once(self, data):
         """Sends what can be sent without waiting; the connection's thread is to send the rest."""
-        sent = 0
-        try:
-            sent = self.request.send(data, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            pass
-        except OSError:     # the client has gone, as the thread will see
-            return
-        if sent < len(data):
-            self.unsent = data[sent:]
-            # Wakes the thread: what has come is still read, and then the end is seen.
-            self.request.shutdown(socket.SHUT_RD)
+        with contextlib.suppress(OSError):      # the client has gone, as the thread will see
+            try:
+                sent = self.request.send(data, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                sent = 0
+            if sent < len(data):
+                self.unsent = data[sent:]
+                # Wakes the thread: what has come is still read, and then the end is seen.
+                self.request.shutdown(socket.SHUT_RD)
 
     def send_and_wait(self, data):
         """Sends all, as slowly as the client reads."""
         data = self.unsent + data
         self.unsent = b""
-        self.wait(self.settings.requesttimeout)
+        self.allow(self.settings.requesttimeout)
         self.sending = True
         try:
             self.request.sendall(data)
+            self.since = time.monotonic()
         finally:
             self.sending = False
 
@@ -2044,13 +2056,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             unread = fcntl.ioctl(self.request, termios.TIOCOUTQ, bytes(4))
             if unread != self.unread:
                 self.unread = unread
-                self.wait(self.settings.requesttimeout)
+                self.allow(self.settings.requesttimeout)
             elif now > self.since + self.limit:
                 self.request.shutdown(socket.SHUT_RDWR)
         elif job:
             # At a stop there is a second for the answers to leave before the server's time is over.
-            hurry = min(1, job.patience / 4) if self.server.stopping else 0
-            if now > job.start + job.patience - hurry:
+            reserve = min(1, job.patience / 4) if self.server.stopping else 0
+            if now > job.start + job.patience - reserve:
                 job.expire()
         elif now > self.since + self.limit:
             self.end()
@@ -2144,7 +2156,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_metrics(self):
         self.fields()
-        self.server.access.flush()
+        self.server.access.work_off()
         text = self.server.metrics.text(self.server.gauges())
         self.reply(200, text.encode(), form=PROMETHEUS)
 
@@ -2165,14 +2177,6 @@ ACTIONS.update({(route, "HEAD"): action
                 for (route, method), action in ACTIONS.items() if method == "GET"})
 
 
-def is_open(descriptor):
-    try:
-        os.fstat(descriptor)
-        return True
-    except OSError:
-        return False
-
-
 class Server(http.server.ThreadingHTTPServer):
     """The HTTP server: accepts, keeps threads for connections, and bounds these."""
     SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -2188,8 +2192,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.metrics = metrics
         self.access = access
         self.guarded = bool(settings.token or settings.admintoken)
-        # Descriptor -> its Handler, None until its thread has made that. The socket itself is held
-        # by the thread alone: should that die for lack of memory, the connection is closed.
+        # Descriptor -> its Handler, None until its thread has made that. Not by socket: until then
+        # the thread alone holds that, so one that dies for lack of memory closes it.
         self.connections = {}
         self.idle_patience = settings.idletimeout
         self.request_patience = settings.requesttimeout
@@ -2202,8 +2206,9 @@ class Server(http.server.ThreadingHTTPServer):
     def accept(self):
         """What the accepting thread does, until stop()."""
         # Inherited by the connections' threads: when a client sends, its thread does not push aside
-        # the one that runs, which has the GIL or is sending (sched(7)). wrk -c64 beside 582e2c9:
-        # 0.90, so 1.15; where two endless loops keep both cores busy 0.81, so 0.66.
+        # the one that runs, which has the GIL or is sending (sched(7)). wrk -c64, of 582e2c9's
+        # rate: 0.90 without this, 1.15 with it; where two endless loops keep both cores busy 0.81
+        # and 0.66.
         with contextlib.suppress(OSError):      # a service manager may forbid it
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         while True:
@@ -2217,7 +2222,8 @@ class Server(http.server.ThreadingHTTPServer):
                     return None
 
     def stop(self):
-        """Stops accepting, after what waits in the backlog; from now on answers close."""
+        """Stops accepting, after what waits in the backlog; requests read from now on are answered
+        with a close."""
         self.stopping = True
         self.idle_patience = self.request_patience = HURRIED
         self.shutdown()
@@ -2266,7 +2272,7 @@ class Server(http.server.ThreadingHTTPServer):
         except queue.Empty:
             bytes(2 << 20)      # MemoryError here rather than in the new thread
             # threading.Thread would wait until it runs: of 1,000 busy clients that came together
-            # the last was answered after 0.8 s, so 0.2 s.
+            # the last was answered after 0.8 s, without that wait after 0.2 s.
             _thread.start_new_thread(self._serve, (request, client_address))
         troubles.end("accepting")
 
@@ -2283,7 +2289,7 @@ class Server(http.server.ThreadingHTTPServer):
             request, client_address = self._accepted.get()
 
     def shutdown_request(self, request):
-        """Closes a connection; that its client should see the end was done with its last answer."""
+        """Closes a connection. The stock one's SHUT_WR came with the last answer."""
         self.close_request(request)
 
     def close_request(self, request):
@@ -2308,7 +2314,7 @@ class Server(http.server.ThreadingHTTPServer):
             with contextlib.suppress(OSError, ValueError):
                 if handler:
                     handler.look(now)
-                elif not is_open(descriptor):       # its thread died before it made the Handler
+                elif not os.path.exists(f"/proc/self/fd/{descriptor}"):     # its thread died
                     self.connections.pop(descriptor, None)
 
     def _make_room(self):
@@ -2576,7 +2582,7 @@ def run(arguments):
     try:
         serve(settings, metrics, lines, access)
     finally:
-        access.flush()
+        access.work_off()
         lines.flush()
         events.flush()
 

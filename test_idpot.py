@@ -3130,6 +3130,111 @@ def test_the_rest_of_an_answer_goes_before_the_next_answer(server_in_process):
         assert received.index(b"\r\n\r\n111") < received.index(b"\r\n\r\n222")
 
 
+def test_a_client_that_resets_while_it_is_answered_is_no_trouble_of_the_worker(server_in_process):
+    class ResetMeanwhile(socket.socket):
+        """A connection whose client does not read, and then resets."""
+
+        def send(self, data, flags):
+            raise BlockingIOError
+
+        def shutdown(self, how):
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    server, allocator, port = server_in_process
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        client.sendall(GOOD)
+        wait_until(lambda: allocator.jobs)
+        handler = server.handlers()[0]
+        connection = handler.request
+        handler.request = ResetMeanwhile(fileno=os.dup(connection.fileno()))
+        allocator.jobs[0].finish(111)
+        assert not handler.turn.locked()
+        handler.request.close()
+        handler.request = connection
+
+
+def test_the_idle_time_begins_when_a_slow_client_has_its_answer(server_in_process):
+    server, allocator, port = server_in_process
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(10)
+        client.connect(("127.0.0.1", port))
+        client.sendall(b"POST /id/p?count=10000 HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_until(lambda: allocator.jobs)
+        handler = server.handlers()[0]
+        allocator.jobs[0].finish(10**18)
+        wait_until(lambda: handler.sending)
+        begin = time.monotonic()
+        wait_until(lambda: time.monotonic() > begin + 0.5)
+        read = time.monotonic()
+        received = 0
+        while received < 10000 * len("999999999999999999\n"):
+            received += len(client.recv(65536))
+        wait_until(lambda: not handler.sending)
+        assert handler.since > read
+
+
+def test_a_request_that_is_slow_at_a_stop_has_half_a_second(run):
+    server = run()
+    server.create("p")
+    with connections(server, 1, TWO[:-4]) as [slow]:
+        begun = time.monotonic()
+        wait_until(lambda: time.monotonic() > begun + 1)
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not accepts(server))
+        slow.sendall(TWO[-4:-2])
+        assert not select.select([slow], [], [], 0.25)[0]
+        slow.sendall(TWO[-2:])
+        assert slow.recv(1000).endswith(b"\r\n\r\n1\n2\n")
+    assert server.process.wait(10) == 0
+
+
+def accepts(server):
+    """Whether the server accepts connections."""
+    try:
+        socket.create_connection(("127.0.0.1", server.port), 5).close()
+        return True
+    except ConnectionRefusedError:
+        return False
+
+
+def test_a_scrape_without_a_free_descriptor_fails_and_costs_no_connection(run):
+    server = run("[Server]\nTimeout = 1")
+    server.create("p")
+    with connections(server, 3, GOOD) as kept_ones:
+        for connection in kept_ones:
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+        wait_until(lambda: at_rest(server))     # and has closed the connection of the create
+        pid = server.process.pid
+        limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        used = {int(number) for number in os.listdir(f"/proc/{pid}/fd")}
+        free = min(set(range(100)) - used)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, limits[1]))
+        for connection in kept_ones:
+            connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 500 ")
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    wait_until(lambda: metrics(server)["idpot_connections"] == 1)
+    assert metrics(server)["idpot_http_requests_in_flight"] == 1
+    begin = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() < begin + 1
+
+
+def test_a_scrape_under_load_does_not_wait(run):
+    server = run()
+    server.create("p")
+    with mixed(server.port) as load:
+        load.more()
+        times = []
+        for _ in range(3):
+            begin = time.monotonic()
+            metrics(server)
+            times.append(time.monotonic() - begin)
+    assert min(times) < 0.2
+
+
 TOKEN_REQUESTS = [
     ("POST", "/id/p", None),
     ("GET", "/pot", None),
