@@ -676,8 +676,12 @@ class Metrics:
         name = "idpot_http_request_duration_seconds"
         count = sum(self._requests.values())
         rows = {f'{name}_bucket{{le="{limit}"}}': within for limit, within in self._within.items()}
-        return {**rows, f'{name}_bucket{{le="+Inf"}}': count, f"{name}_sum": self._seconds,
-                f"{name}_count": count}
+        return {
+            **rows,
+            f'{name}_bucket{{le="+Inf"}}': count,
+            f"{name}_sum": self._seconds,
+            f"{name}_count": count,
+        }
 
     def _process(self):
         with open("/proc/self/statm") as file:
@@ -1261,15 +1265,15 @@ class Job:
     again `retries` times at most. gone() tells whether its client has gone.
     """
     tries = 0
-    retries = math.inf
     trouble = None      # the last error after which it was to be tried again
 
-    def __init__(self, answer, count=0, call=None, patience=10.0, gone=bool):
+    def __init__(self, answer, count=0, call=None, patience=10.0, gone=bool, retries=math.inf):
         self.answer = answer
         self.count = count
         self.call = call
         self.patience = patience
         self.gone = gone
+        self.retries = retries
         self.start = time.monotonic()
         self._open = [True]     # the thread that pops this answers
 
@@ -1738,8 +1742,11 @@ def answer_beginning(status, form, header):
     """The head of an answer but for its length. The accepting thread clears this cache every LOOK
     seconds, so that the Date is right (RFC 9110, 6.6.1)."""
     phrase = http.HTTPStatus(status).phrase
-    lines = [f"HTTP/1.1 {status} {phrase}", "Cache-Control: no-store",
-             f"Date: {email.utils.formatdate(usegmt=True)}"]
+    lines = [
+        f"HTTP/1.1 {status} {phrase}",
+        "Cache-Control: no-store",
+        f"Date: {email.utils.formatdate(usegmt=True)}",
+    ]
     if status != 204:
         lines.append(f"Content-Type: {form}")
     return "\r\n".join([*lines, header]).encode()
@@ -1972,9 +1979,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """What the allocator answers to a Job; raises its IdpotError."""
         # A thread that waits for an answer is woken once; it cannot see its client close meanwhile.
         inbox = queue.SimpleQueue()
-        self.job = job = Job(
-            lambda *answer: inbox.put(answer), count, call, self.settings.timeout, self.gone)
-        job.retries = retries
+        self.job = job = Job(lambda *answer: inbox.put(answer), count, call,
+                             self.settings.timeout, self.gone, retries)
         self.server.allocator.submit(pot, job)
         value, error = inbox.get()
         if error:
@@ -2017,7 +2023,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         beginning = answer_beginning(status, form, header)
         sent = b"" if head.method == "HEAD" else body
         self.since = now = time.monotonic()
-        self.server.access.add((self.host, head, status, len(sent), self.start or now, now))
+        answer = (self.host, head, status, len(sent), self.start or now, now)
+        self.server.access.add(answer)
         if status == 204:       # RFC 9110, 8.6
             return beginning + b"\r\n"
         return b"%sContent-Length: %d\r\n\r\n%s" % (beginning, len(body), sent)
