@@ -2212,10 +2212,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def accept(self):
         """What the accepting thread does, until stop()."""
-        # Inherited by the connections' threads: when a client sends, its thread does not push aside
-        # the one that runs, which has the GIL or is sending (sched(7)). wrk -c64, of 582e2c9's
-        # rate: 0.90 without this, 1.15 with it; where two endless loops keep both cores busy 0.81
-        # and 0.66.
+        # Inherited by the connections' threads: one that wakes, because its client has sent, does
+        # not push aside the thread that runs and has the GIL (sched(7)).
         with contextlib.suppress(OSError):      # a service manager may forbid it
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         while True:
@@ -2582,6 +2580,13 @@ def run(arguments):
     # Before any thread is made: the main thread alone waits for signals.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.stack_size(512 * 1024)    # with 8 MB a limit of address space is soon reached
+    # The GIL lets one thread run in any case; on one CPU it is free when a thread's turn comes, and
+    # with SCHED_BATCH (see accept) each runs until it waits. wrk -c64, of 582e2c9's rate: 0.7 to
+    # 0.9 with neither, 0.8 to 1.1 with SCHED_BATCH, 1.3 with both; beside endless loops on both
+    # cores 1.3. idpots on neighbouring ports take different CPUs.
+    cpus = sorted(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError):      # a service manager may forbid it
+        os.sched_setaffinity(0, {cpus[settings.listen[1] % len(cpus)]})
     # Each thread that waits for the GIL wakes so often: of thousands, nobody would get on.
     sys.setswitchinterval(0.2)
     metrics = Metrics()

@@ -3216,10 +3216,23 @@ def test_a_scrape_without_a_free_descriptor_fails_and_costs_no_connection(run):
             assert connection.recv(1000).startswith(b"HTTP/1.1 500 ")
         resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
     wait_until(lambda: metrics(server)["idpot_connections"] == 1)
-    assert metrics(server)["idpot_http_requests_in_flight"] == 1
+    wait_until(lambda: metrics(server)["idpot_http_requests_in_flight"] == 1)
     begin = time.monotonic()
     assert server.stop() == 0
     assert time.monotonic() < begin + 1
+
+
+def test_it_stays_on_one_cpu_and_connections_let_the_thread_that_runs_go_on(run):
+    server = run()
+    with connections(server, 2, b"GET /pot HTTP/1.1\r\nHost: x\r\n\r\n") as opened:
+        assert each_begins_with(b"HTTP/1.1 200 ", opened)
+        threads = [int(thread) for thread in os.listdir(f"/proc/{server.process.pid}/task")]
+        cpus = [os.sched_getaffinity(thread) for thread in threads]
+        policies = [os.sched_getscheduler(thread) for thread in threads]
+    allowed = sorted(os.sched_getaffinity(0))
+    assert cpus == [{allowed[server.port % len(allowed)]}] * len(threads)
+    assert policies.count(os.SCHED_BATCH) >= 3      # with the accepting thread
+    assert policies.count(os.SCHED_OTHER) >= 3      # of the worker, the main thread and the log
 
 
 def test_a_scrape_under_load_does_not_wait(run):
