@@ -567,7 +567,17 @@ class AccessLog(Background):
         return cls.escape(cls.SECRET.sub(rb"\1...", data)) or "-"
 
 
-class JournalFormatter(logging.Formatter):
+class EventFormatter(logging.Formatter):
+    """The stock one, which reads source files for a traceback: a descriptor may be what is short."""
+
+    def formatException(self, exc_info):
+        try:
+            return super().formatException(exc_info)
+        except OSError:
+            return repr(exc_info[1])
+
+
+class JournalFormatter(EventFormatter):
     """For journald, which has a time of its own: a syslog priority before each line."""
     PRIORITIES = {logging.INFO: "<6>", logging.WARNING: "<4>", logging.ERROR: "<3>"}
 
@@ -590,7 +600,7 @@ def open_logs(settings, metrics):
     """
     journald = under_journald()
     events = lines = BackgroundHandler(StderrHandler())
-    events.setFormatter(JournalFormatter() if journald else logging.Formatter(
+    events.setFormatter(JournalFormatter() if journald else EventFormatter(
         "%(asctime)s idpot[%(process)d] %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.handlers = [events]
     log.setLevel(logging.INFO)

@@ -2644,23 +2644,25 @@ def cpu_of_single_bytes(server, connection, count):
 
 
 def test_a_body_in_single_bytes_costs_no_more_behind_a_long_head(http_pot):
-    cpu = {}
-    for length in (10, 15700):
+    cpu = {10: [], 15700: []}
+    for length in (10, 15700) * 3:
         head = (b"POST /id/p HTTP/1.1\r\nHost: x\r\nX: " + b"a" * length + b"\r\n"
                 b"Content-Length: 65536\r\n\r\n")
         with connections(http_pot, 1, head) as [connection]:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            cpu[length] = cpu_of_single_bytes(http_pot, connection, 1500)
-    assert cpu[15700] < 2 * cpu[10]
+            cpu[length].append(cpu_of_single_bytes(http_pot, connection, 1000))
+    assert sum(cpu[15700]) < 2 * sum(cpu[10]) + 0.1     # parsed at each byte it is 1.1 s
 
 
 def test_the_last_bytes_of_a_head_cost_no_more_than_the_first(http_pot):
-    with connections(http_pot, 1, b"POST /id/p HTTP/1.1\r\nHost: x\r\nX: ") as [connection]:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        first = cpu_of_single_bytes(http_pot, connection, 1500)
-        connection.sendall(b"a" * 12500)
-        last = cpu_of_single_bytes(http_pot, connection, 1500)
-    assert last < 2 * first
+    cpu = {"first": [], "last": []}
+    for _ in range(3):
+        with connections(http_pot, 1, b"POST /id/p HTTP/1.1\r\nHost: x\r\nX: ") as [connection]:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            cpu["first"].append(cpu_of_single_bytes(http_pot, connection, 1000))
+            connection.sendall(b"a" * 13000)
+            cpu["last"].append(cpu_of_single_bytes(http_pot, connection, 1000))
+    assert sum(cpu["last"]) < 2 * sum(cpu["first"]) + 0.1       # looked at as a whole: 0.8 s
 
 
 FUZZ_BASES = [
@@ -3217,6 +3219,7 @@ def test_a_scrape_without_a_free_descriptor_fails_and_costs_no_connection(run):
         resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
     wait_until(lambda: metrics(server)["idpot_connections"] == 1)
     wait_until(lambda: metrics(server)["idpot_http_requests_in_flight"] == 1)
+    wait_until(lambda: server.errors().count("Too many open files") == 3)
     begin = time.monotonic()
     assert server.stop() == 0
     assert time.monotonic() < begin + 1
@@ -5110,6 +5113,11 @@ def open_files(server):
     return paths
 
 
+def ids_told(path):
+    """How many IDs the access log tells."""
+    return Path(path).read_text().count('"POST /id/p HTTP/1.1" 200 ')
+
+
 def test_logs_are_moved_and_reopened_at_sighup_without_losing_a_line(mysql, run):
     server = run(mysql("LogFile = access\nLogLinkName = newest"))
     server.create("p")
@@ -5117,20 +5125,15 @@ def test_logs_are_moved_and_reopened_at_sighup_without_losing_a_line(mysql, run)
     moved = [f"{server.folder}/1", f"{server.folder}/2"]
     with mixed(server.port) as load:
         for path in moved:
-            load.more()
+            wait_until(lambda: ids_told(log) >= 400)
             os.rename(log, path)
             load.more(20)
             server.process.send_signal(signal.SIGHUP)
             wait_until(lambda: os.path.exists(log) and path not in open_files(server))
-        load.more()
+        wait_until(lambda: ids_told(log) >= 400)
     assert server.stop() == 0
     assert os.readlink(f"{server.folder}/newest") == "access"
-    lines = []
-    for path in (log, *moved):
-        with open(path) as file:
-            lines.append(file.read().count('"POST /id/p HTTP/1.1" 200 '))
-    assert min(lines) >= 400
-    assert sum(lines) == load.issued()
+    assert sum(map(ids_told, (log, *moved))) == load.issued()
 
 
 @pytest.fixture(scope="module")
