@@ -568,7 +568,7 @@ class AccessLog(Background):
 
 
 class EventFormatter(logging.Formatter):
-    """The stock one, which reads source files for a traceback: a descriptor may be what is short."""
+    """The stock one reads source files for a traceback, but a descriptor may be what is short."""
 
     def formatException(self, exc_info):
         try:
@@ -638,17 +638,17 @@ METRICS = {     # name -> (type, help)
 
 class Metrics:
     """What /metrics tells, counted since the start."""
-    BUCKETS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)   # seconds
+    BUCKETS = (         # seconds, as the labels have them
+        "0.0005", "0.001", "0.0025", "0.005", "0.01", "0.025", "0.05", "0.1", "0.25", "0.5",
+        "1", "2.5", "5", "10", "+Inf")
 
     def __init__(self):
-        self._lock = threading.Lock()       # guards the counters; held for an addition only
+        self._lock = threading.Lock()       # guards the counters
         self._counters = collections.Counter()      # series, a name with its labels -> number
         for name in ("ids_issued", "db_statements", "db_seconds", "db_retries"):
             self._counters[f"idpot_{name}_total"] = 0
-        self._requests = collections.Counter()      # (route, method, status) -> number
-        self._within = dict.fromkeys(self.BUCKETS, 0)   # seconds -> answers that took no longer
-        self._seconds = 0.0
         self._start = time.time()
+        self.answered([])       # the histogram is there from the start
 
     def add(self, series, amount=1):
         with self._lock:
@@ -658,21 +658,22 @@ class Metrics:
         """Counts answers, as the AccessLog notes them."""
         durations = sorted([end - start for _, _, _, _, start, end in answers])
         alike = collections.Counter([(head, status) for _, head, status, _, _, _ in answers])
+        histogram = "idpot_http_request_duration_seconds"
         with self._lock:
-            self._seconds += sum(durations)
             for limit in self.BUCKETS:
-                self._within[limit] += bisect.bisect_right(durations, limit)
+                within = bisect.bisect_right(durations, float(limit))
+                self._counters[f'{histogram}_bucket{{le="{limit}"}}'] += within
+            self._counters[f"{histogram}_sum"] += sum(durations)
+            self._counters[f"{histogram}_count"] += len(durations)
             for (head, status), count in alike.items():
                 method = head.method if head.method in ("GET", "HEAD", "POST") else "other"
-                self._requests[head.route, method, status] += count
+                labels = f'route="{head.route}",method="{method}",code="{status}"'
+                self._counters[f"idpot_http_requests_total{{{labels}}}"] += count
 
     def text(self, gauges):
         """The Prometheus text format, version 0.0.4; gauges: further series and their values."""
         with self._lock:
-            series = {**self._counters, **self._histogram(), **gauges}
-            for (route, method, status), count in self._requests.items():
-                labels = f'{{route="{route}",method="{method}",code="{status}"}}'
-                series["idpot_http_requests_total" + labels] = count
+            series = {**self._counters, **gauges}
         series.update(self._process())
         lines = []
         for name, (kind, meaning) in METRICS.items():
@@ -681,17 +682,6 @@ class Metrics:
             lines.append(f"# TYPE {name} {kind}")
             lines += [f"{one} {value}" for one, value in series.items() if own.fullmatch(one)]
         return "\n".join([*lines, ""])
-
-    def _histogram(self):
-        name = "idpot_http_request_duration_seconds"
-        count = sum(self._requests.values())
-        rows = {f'{name}_bucket{{le="{limit}"}}': within for limit, within in self._within.items()}
-        return {
-            **rows,
-            f'{name}_bucket{{le="+Inf"}}': count,
-            f"{name}_sum": self._seconds,
-            f"{name}_count": count,
-        }
 
     def _process(self):
         with open("/proc/self/statm") as file:
@@ -1596,21 +1586,11 @@ class HttpError(IdpotError):
 
 
 class Head:
-    """The head of a request; of a malformed one only `line` tells something."""
+    """The head of a request, with the fields that parse_head() gives. A malformed one has only its
+    line for the access log, and these:"""
     method = "other"
-    path = ""               # decoded once
-    query = ""
-    route = "other"         # the template that the path matches
-    pot = ""
-    action = None           # the Handler's method that answers
-    old = True              # HTTP/1.0
-    keep = False            # whether the client would keep the connection
-    length = 0              # of the body
-    expect = False          # whether the client waits for 100 Continue
-    form = FORM
-    token = b""
-    origin = False
-    line = "-"              # these two as the access log has them
+    route = "other"
+    keep = False
     tail = '"-" "-"'
 
     def __init__(self, **fields):
@@ -1618,7 +1598,8 @@ class Head:
 
 
 def parse_target(target):
-    """The fields path, query, route and pot of a Head; the route of an unknown path is "other"."""
+    """Fields of a Head: the path, decoded once; the query; the route, the template that the path
+    matches, or "other"; and the pot."""
     origin, absolute = ABSOLUTE.subn(b"", target)
     if absolute and origin[:1] != b"/":
         origin = b"/" + origin
@@ -1705,14 +1686,15 @@ def parse_head(data):
     return Head(
         method=method.decode(),
         **parts,
-        action=ACTIONS.get((parts["route"], method.decode())),
-        old=old,
-        keep=stays,
-        length=length,
-        expect=b"expect" in fields and not old,
+        action=ACTIONS.get((parts["route"], method.decode())),    # the Handler's method
+        old=old,                                    # HTTP/1.0
+        keep=stays,                                 # the client would keep the connection
+        length=length,                              # of the body
+        expect=b"expect" in fields and not old,     # the client waits for 100 Continue
         form=fields.get(b"content-type", FORM).split(b";")[0].strip().lower(),
         token=token.strip() if scheme.lower() == b"bearer" else b"",
         origin=b"origin" in fields,
+        # These two as the access log has them.
         line=AccessLog.escape(b"%s %s HTTP/%s" % (method, target, version)),
         tail=f'"{referer}" "{agent}"')
 
