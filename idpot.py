@@ -145,11 +145,13 @@ def shown(value):
     return f'"{text}{more}"'
 
 
-def whole_number(text, low, high):
-    """The number that the text is in plain decimal digits; BadRequest if not one of low..high."""
+def whole_number(text, low, high, name=""):
+    """The number that the text is in plain decimal digits; BadRequest, which begins with the name,
+    if it is not one of low..high."""
     if re.fullmatch("[0-9]{1,20}", text) and low <= int(text) <= high:
         return int(text)
-    raise BadRequest(f"{shown(text)} is not a whole number from {low} to {high}")
+    what = f"{name} {shown(text)}".strip()
+    raise BadRequest(f"{what} is not a whole number from {low} to {high}")
 
 
 def split_address(text, default_port=None):
@@ -218,7 +220,6 @@ def parse_dsn(text):
         "user": user,
         "password": password,
         "database": urllib.parse.unquote(database),
-        "tls": "preferred",
         "ignored": [],
     }
     try:
@@ -294,7 +295,8 @@ class SettingsReader(configparser.RawConfigParser):
             self.read_file((line.title() if line[:1] == "[" else line for line in lines), path)
 
 
-VALUE = re.compile(r'((?:"(?:[^"\\]|\\.)*"|[^"\\;#])*)(?:[;#].*)?')
+QUOTED = r'"(?:[^"\\]|\\.)*"'
+VALUE = re.compile(rf'((?:{QUOTED}|[^"\\;#])*)(?:[;#].*)?')     # and a comment behind it
 
 
 def unquote(text):
@@ -303,10 +305,23 @@ def unquote(text):
     if not match:
         raise SettingsError("a double quote is not closed, or a backslash stands outside of quotes")
     try:
-        return re.sub(r'"(?:[^"\\]|\\.)*"', lambda quoted: json.loads(quoted[0], strict=False),
-                      match[1].strip())
+        return re.sub(
+            QUOTED, lambda quoted: json.loads(quoted[0], strict=False), match[1].strip())
     except json.JSONDecodeError:
         raise SettingsError(r'a backslash stands before none of \ " n t')
+
+
+def read_file(path):
+    """The stock reader with what is in the file; raises SettingsError."""
+    try:
+        return SettingsReader(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: {getattr(error, 'strerror', None) or error}")
+    except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
+        raise SettingsError(f"{path}:{error.lineno}: this is there twice")
+    except configparser.Error as error:     # its own text could show a password
+        line = getattr(error, "lineno", None) or error.errors[0][0]
+        raise SettingsError(f"{path}:{line}: this is neither [section] nor name = value")
 
 
 def load_settings(path=None):
@@ -315,55 +330,33 @@ def load_settings(path=None):
 
     Raises SettingsError with file, section and name.
     """
+    reader = read_file(path) if path else configparser.RawConfigParser()
+    given = reader.sections()
+    for section in given:
+        if section not in SETTINGS:
+            raise SettingsError(f"{path}: unknown section [{section}]")
+    if "Mysql" in given and "Sqlite" in given:
+        raise SettingsError(f"{path}: [Mysql] and [Sqlite] are both given: keep one")
     values = {}
-    for rows in SETTINGS.values():
-        values.update((name.lower(), convert(default)) for name, (default, convert) in rows.items())
-    try:
-        reader = SettingsReader(path) if path else configparser.RawConfigParser()
-        given = reader.sections()
-        for section in given:
-            if section not in SETTINGS:
-                raise SettingsError(f"unknown section [{section}]")
-            values.update(read_section(section, reader[section]))
-        if "Mysql" in given and "Sqlite" in given:
-            raise SettingsError("[Mysql] and [Sqlite] are both given: keep one")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: {getattr(error, 'strerror', None) or error}")
-    except configparser.Error as error:     # its own text could show a password
-        line = getattr(error, "lineno", None) or error.errors[0][0]
-        twice = "Duplicate" in type(error).__name__
-        reason = "is there twice" if twice else "is neither [section] nor name = value"
-        raise SettingsError(f"{path}:{line}: this {reason}")
-    except SettingsError as error:
-        raise SettingsError(f"{path}: {error}")
+    for section, rows in SETTINGS.items():
+        texts = dict(reader[section]) if section in given else {}
+        for name, (default, convert) in rows.items():
+            try:
+                text = unquote(texts.pop(name.lower(), "")) or default
+                values[name.lower()] = convert(text)
+            except IdpotError as error:
+                raise SettingsError(f"{path}: [{section}] {name}: {error}")
+        for name in texts:
+            raise SettingsError(f"{path}: unknown name {shown(name)} in [{section}]")
     dsn = values["connectstring"] or {
         "user": values["username"],
         "password": values["password"],
         "database": values["dbname"],
         "hosts": [(values["hostname"], values["port"])],
-        "tls": "preferred",
-        "ignored": [],
     }
     values["admintoken"] = values["admintoken"] or values["token"]
     store = MysqlStore if "Mysql" in given else SqliteStore
     return types.SimpleNamespace(**values, path=path, dsn=dsn, store=store)
-
-
-def read_section(title, lines):
-    """The values of one section of the file; raises SettingsError."""
-    rows = {name.lower(): (name, convert) for name, (_, convert) in SETTINGS[title].items()}
-    values = {}
-    for lower, text in lines.items():
-        if lower not in rows:
-            raise SettingsError(f"unknown name {shown(lower)} in [{title}]")
-        name, convert = rows[lower]
-        try:
-            value = unquote(text)
-            if value:
-                values[lower] = convert(value)
-        except IdpotError as error:
-            raise SettingsError(f"[{title}] {name}: {error}")
-    return values
 
 
 # -------------------------------------------------------------------------------------------- logs
@@ -713,7 +706,7 @@ class SqliteStore:
 
     SQLite's integers are signed: an ID from 2**63 up is kept as ID - 2**64, and added to in Python.
     """
-    connected = False
+    connected = True        # start() has opened the file, and it stays open
 
     @classmethod
     def all(cls, settings, metrics):
@@ -726,7 +719,6 @@ class SqliteStore:
         self._metrics = metrics
         import sqlite3      # only where it is used: 1 MB
         self._sqlite = sqlite3
-        self._db = None
 
     def start(self):
         try:
@@ -737,13 +729,13 @@ class SqliteStore:
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute(
                 "CREATE TABLE IF NOT EXISTS pot (name TEXT PRIMARY KEY, id INTEGER NOT NULL)")
+            # Takes the lock now, which EXCLUSIVE keeps: a second process is refused at its start.
             self._db.execute("BEGIN IMMEDIATE").execute("COMMIT")
         except self._sqlite.Error as error:
             reason = "another process uses it" if "locked" in str(error) else error
             raise StartError(f"SQLite file {shown(self._path)}: {reason}")
         if mode != "wal":
             raise StartError(f"SQLite file {shown(self._path)} does not take the WAL journal")
-        self.connected = True
         return self._what
 
     def probe(self):
@@ -769,16 +761,11 @@ class SqliteStore:
             raise StartError(f"{what}: {error.strerror}")
         return f"{self._what} can be used"
 
-    def connect(self):
-        """Does nothing: start() has opened the file, and it stays open."""
-
     def _execute(self, statement, *values):
         try:
             cursor = self._db.execute(statement, values)
             troubles.end(self._what)
             return cursor
-        except self._sqlite.IntegrityError:
-            raise Exists(f"pot {shown(values[0])} exists")
         except self._sqlite.Error as error:
             self._metrics.add('idpot_db_errors_total{errno="other"}')
             troubles.begin(self._what, f"{self._what}: {error}")
@@ -808,15 +795,16 @@ class SqliteStore:
     def _signed(value):
         return value - 2**64 if value >> 63 else value
 
-    def _set(self, pot, value):
-        self._execute("UPDATE pot SET id = ? WHERE name = ?", self._signed(value), pot)
-        return value
-
     def create(self, pot, low):
-        self._execute("INSERT INTO pot (name, id) VALUES (?, ?)", pot, self._signed(low))
+        done = self._execute(
+            "INSERT OR IGNORE INTO pot (name, id) VALUES (?, ?)", pot, self._signed(low))
+        if done.rowcount != 1:
+            raise Exists(f"pot {shown(pot)} exists")
 
     def raise_to(self, pot, low):
-        return self._set(pot, max(self.current(pot), low))
+        value = max(self.current(pot), low)
+        self._execute("UPDATE pot SET id = ? WHERE name = ?", self._signed(value), pot)
+        return value
 
     def pots(self):
         rows = self._execute("SELECT name, id FROM pot ORDER BY name")
@@ -826,8 +814,7 @@ class SqliteStore:
         self._execute("PRAGMA user_version = 1")    # a write: a full disk lets a transaction begin
 
     def close(self):
-        if self._db:
-            self._db.close()    # folds the journal into the file
+        self._db.close()    # folds the journal into the file
 
 
 CANNOT = "the database cannot serve this now"
@@ -863,8 +850,8 @@ class MysqlServers:
         self.driver = mysql.connector
         self.engine = settings.engine
         dsn = dict(settings.dsn)
-        self.ignored = dsn.pop("ignored")
-        self._tls = dsn.pop("tls")
+        self.ignored = dsn.pop("ignored", [])
+        self._tls = dsn.pop("tls", "preferred")
         self._addresses = dsn.pop("hosts") or [None]    # None: the socket
         self._hung = {}         # address -> when a statement hung there
         self._group = ""        # name of the replication group, once a server told one
@@ -1721,14 +1708,6 @@ def parse_form(head, body, known):
     return fields
 
 
-def number_field(fields, name, low, high):
-    """The number in a field; raises BadRequest with the field's name."""
-    try:
-        return whole_number(fields[name], low, high)
-    except BadRequest as error:
-        raise BadRequest(f"{name} {error}")
-
-
 @functools.lru_cache(maxsize=64)
 def answer_beginning(status, form, header):
     """The head of an answer but for its length. The accepting thread clears this cache every LOOK
@@ -2109,10 +2088,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif len(fields) == 2:
             raise BadRequest("count and range exclude each other")
         elif "range" in fields:
-            count = number_field(fields, "range", 1, MAX_RANGE)
+            count = whole_number(fields["range"], 1, MAX_RANGE, "range")
             self.leave_to_worker(functools.partial(range_answer, count), count)
         else:
-            count = number_field(fields, "count", 1, MAX_COUNT)
+            count = whole_number(fields["count"], 1, MAX_COUNT, "count")
             last = self.wait_for(self.head.pot, count)
             ids = range(last - count + 1, last + 1)
             self.reply(200, b"".join([b"%d\n" % one for one in ids]))
@@ -2140,7 +2119,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pot = fields["name"]
         if not POT_NAME.fullmatch(pot):
             raise BadRequest(f"name {shown(pot)} is not 1 to 60 characters of A-Z a-z 0-9 _ -")
-        return pot, number_field(fields, "min", 0, MAX_ID)
+        return pot, whole_number(fields["min"], 0, MAX_ID, "min")
 
     def get_pots(self):
         self.fields()
@@ -2330,19 +2309,14 @@ class Server(http.server.ThreadingHTTPServer):
 class Client:
     """A client of an idpot server at a URL, over one connection that is kept; for one thread.
 
-    Its methods raise BadRequest, Unauthorized, NotFound, Exists, Exhausted or Unavailable as the
-    server answers, IdpotError for any other status, WentBack where an ID is not greater than those
-    before (after a restore without a raise, say), and OSError where the server cannot be reached or
-    a timeout, in seconds, is over.
+    Its methods raise BadRequest, Unauthorized, Forbidden, NotFound, Exists, Exhausted or
+    Unavailable as the server answers, IdpotError for any other status, WentBack where an ID is not
+    greater than those before (after a restore without a raise, say), and OSError where the server
+    cannot be reached or a timeout, in seconds, is over.
     """
-    ERRORS = {
-        400: BadRequest,
-        401: Unauthorized,
-        403: Forbidden,
-        404: NotFound,
-        409: Exhausted,     # of a create: Exists
-        503: Unavailable,
-    }
+    # By their status; a 409 to a create is Exists.
+    ERRORS = {kind.status: kind for kind in (
+        BadRequest, Unauthorized, Forbidden, NotFound, Exhausted, Unavailable)}
 
     def __init__(self, url, token=None, timeout=15):
         parts = urllib.parse.urlsplit(url)
