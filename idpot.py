@@ -171,7 +171,15 @@ def seconds(text):
 
 def go_duration(text):
     """Seconds of a Go duration such as 1m30s or 500ms."""
-    units = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
+    units = {
+        "ns": 1e-9,
+        "us": 1e-6,
+        "µs": 1e-6,
+        "ms": 1e-3,
+        "s": 1,
+        "m": 60,
+        "h": 3600,
+    }
     parts = re.findall(r"([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|ms|s|m|h)", text)
     if text == "0":
         return 0
@@ -292,7 +300,8 @@ class SettingsReader(configparser.RawConfigParser):
         with open(path, encoding="utf-8-sig") as file:
             # Without their indentation lines do not continue others.
             lines = (line.strip() for line in file)
-            self.read_file((line.title() if line[:1] == "[" else line for line in lines), path)
+            named = (line.title() if line[:1] == "[" else line for line in lines)
+            self.read_file(named, path)
 
 
 QUOTED = r'"(?:[^"\\]|\\.)*"'
@@ -364,7 +373,8 @@ def load_settings(path=None):
 class StrftimeFileHandler(logging.Handler):
     """Appends to the file that a strftime pattern names now, with a symlink to the newest.
 
-    One thread uses it. A file that cannot be written is told once and tried again each time.
+    One thread writes; reopen() is for others. A file that cannot be written is told once and tried
+    again each time.
     """
 
     def __init__(self, pattern, link="", clock=time.time):
@@ -438,23 +448,19 @@ class Background:
         self._pause = pause     # seconds for more to gather
         self._items = collections.deque(maxlen=200000)
         self._lock = threading.Lock()   # held by who works, so that the lists keep their order
-        self._idle = False      # whether the thread waits for news, or is about to
         self._news = threading.Event()
         threading.Thread(target=self._run, daemon=True).start()
 
     def add(self, *items):
         self._items.extend(items)
-        if self._idle:
+        if not self._news.is_set():     # set() takes a lock
             self._news.set()
 
     def _run(self):
         while True:
             with contextlib.suppress(MemoryError, RuntimeError):
-                self._idle = True
-                if not self._items:     # what comes after this look finds it idle
-                    self._news.wait()
-                self._idle = False
-                self._news.clear()
+                self._news.wait()
+                self._news.clear()      # what is added from here on sets it again
                 self.work_off()
             time.sleep(self._pause)
 
@@ -497,16 +503,15 @@ class Troubles:
     """
     QUIET = 30.0        # seconds after a line in which no other trouble of the subject is told
 
-    def __init__(self, clock=time.monotonic):
-        self._clock = clock
-        self._lock = threading.Lock()   # guards both
+    def __init__(self):
+        self._lock = threading.Lock()   # guards both; end() looks before without it, for speed
         self._now = {}                  # subject of a trouble -> whether that was told
         self._quiet = {}                # subject -> until when nothing is told of it
 
     def begin(self, subject, text, level=logging.WARNING):
         """Notes that something is wrong with a subject; text is the line that tells it."""
         with self._lock:
-            now = self._clock()
+            now = time.monotonic()
             told = self._now.setdefault(subject, False)
             if told or now < self._quiet.get(subject, now):
                 return
@@ -535,7 +540,6 @@ class AccessLog(Background):
     # Apache's way to write what could end a field or a line
     ESCAPES = {byte: f"\\x{byte:02x}" for byte in (*range(32), *range(127, 256))}
     ESCAPES.update({ord('"'): r'\"', ord("\\"): r"\\"})
-    SECRET = re.compile(rb"(?is)(authorization|bearer).*")
 
     def __init__(self, handler, metrics, prefix=""):
         self._handler = handler
@@ -546,18 +550,15 @@ class AccessLog(Background):
     def _log(self, answers):
         self._metrics.answered(answers)
         moment = time.strftime("%d/%b/%Y:%H:%M:%S %z")
-        self._handler.add(*[
-            f'{self._prefix}{host} - - [{moment}] "{head.line}" {status} {size or "-"} {head.tail}'
-            for host, head, status, size, _, _ in answers])
+        lines = []
+        for host, head, status, size, _, _ in answers:
+            request = f'{host} - - [{moment}] "{head.line}"'
+            lines.append(f'{self._prefix}{request} {status} {size or "-"} {head.tail}')
+        self._handler.add(*lines)
 
     @classmethod
     def escape(cls, data):
         return data.decode("latin-1").translate(cls.ESCAPES)
-
-    @classmethod
-    def escape_malformed(cls, data):
-        """As escape(), without what may be a token."""
-        return cls.escape(cls.SECRET.sub(rb"\1...", data)) or "-"
 
 
 class EventFormatter(logging.Formatter):
@@ -696,7 +697,7 @@ class Metrics:
 # the new value, which ends the range taken; floor is the highest ID that this server gave from the
 # pot, None before the first. connect, current, create, raise_to, pots and check do what their names
 # and the API say. They raise NotFound, Exists, Exhausted, Broken, Unavailable, and Retry where the
-# same call may help. `connected` is False before the first connect() and after trouble.
+# same call may help. `connected` is False where connect() is needed; SQLite needs none.
 #
 # start() raises StartError where waiting cannot help; where it can, it does not fail. probe() does
 # what --check promises. Both return a description.
@@ -818,53 +819,64 @@ class SqliteStore:
 
 
 CANNOT = "the database cannot serve this now"
-# MySQL's errors that a new connection or a moment may mend: 1047, 1180, 1205 and 1213 of Galera and
-# of locks; 3092, 3100 and 3101 of Group Replication; 1015, 1290, 1792, 1836, 3032 and 6400 of a
-# server that takes no writes now; 1040, 1203 and 1226 of too many connections; 2xxx, 3024, 4031
-# and -1 of a connection that is lost or too slow.
-RETRIED = frozenset((
-    -1, 1015, 1020, 1021, 1040, 1047, 1053, 1114, 1129, 1152, 1158, 1159, 1160, 1161, 1180, 1194,
-    1195, 1203, 1205, 1213, 1226, 1290, 1317, 1792, 1836, 1927, 1969, 2002, 2003, 2005, 2006, 2013,
-    2055, 3024, 3032, 3092, 3100, 3101, 4031, 6400))
-HUNG = frozenset((1205, 2006, 2013, 2055, 3024))    # also where a timeout is over
+RETRIED = frozenset((   # MySQL's errors that a new connection or a moment may mend
+    1047, 1180, 1205, 1213,                 # Galera, locks
+    3092, 3100, 3101,                       # Group Replication
+    1015, 1290, 1792, 1836, 3032, 6400,     # the server takes no writes now
+    1020, 1021, 1114, 1194, 1195,           # a row, a disk or a table
+    1040, 1129, 1203, 1226,                 # too many connections or errors
+    # A connection or a statement was ended, is lost or too slow.
+    -1, 1053, 1152, 1158, 1159, 1160, 1161, 1317, 1927, 1969,
+    2002, 2003, 2005, 2006, 2013, 2055, 3024, 4031))
+# Of these, the ones that a server gives, or the driver, where one of the limits of time is over.
+HUNG = frozenset((1205, 2006, 2013, 2055, 3024))
 CEILING = frozenset((1264, 1292, 1690, 3819, 4025))     # of a column, of BIGINT, of a CHECK
 OF_ONE_POT = CEILING | frozenset((1054, 1146, 3098))    # the connection stays sound
 
 
 class Refused(Unavailable):
-    """The server would break the promise, and waiting does not mend that."""
+    """The server cannot be used as it is, and waiting does not mend that."""
+
+
+def import_driver():
+    """mysql.connector; raises StartError that says how to install it."""
+    try:
+        import mysql.connector      # only where it is configured
+        return mysql.connector
+    except ImportError:
+        folder = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
+        install = f"python3 -m pip install --target={folder} 'mysql-connector-python>=9.2'"
+        if not importlib.util.find_spec("pip"):
+            install = f"apt-get install -y --no-install-recommends python3-pip && {install}"
+        raise StartError(f"[Mysql] needs mysql-connector-python: {install}")
 
 
 class MysqlServers:
     """The addresses where the database is, and how to connect to one that can issue IDs now."""
 
     def __init__(self, settings):
-        try:
-            import mysql.connector      # only where it is configured
-        except ImportError:
-            folder = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
-            pip = "" if importlib.util.find_spec("pip") else (
-                "apt-get install -y --no-install-recommends python3-pip && ")
-            raise StartError(f"[Mysql] needs mysql-connector-python: {pip}python3 -m pip install "
-                             f"--target={folder} 'mysql-connector-python>=9.2'")
-        self.driver = mysql.connector
+        self.driver = import_driver()
         self.engine = settings.engine
         dsn = dict(settings.dsn)
         self.ignored = dsn.pop("ignored", [])
         self._tls = dsn.pop("tls", "preferred")
         self._addresses = dsn.pop("hosts") or [None]    # None: the socket
-        self._hung = {}         # address -> when a statement hung there
+        self.hung = {}          # address -> when a statement hung there
         self._group = ""        # name of the replication group, once a server told one
         self._warned = False    # whether warn_of_engines() has looked
         if "unix_socket" in dsn:
             self.where = dsn["unix_socket"]
         else:
             self.where = ",".join(f"{host}:{port}" for host, port in self._addresses)
-        # Of the time that a request may wait, half is for the first server to answer. The driver
-        # takes whole seconds, and 0 as no limit.
+        # Of the time that a request may wait, half is for the first server to answer. To connect is
+        # given half of that, at most 3 seconds, since other addresses may have to be tried.
         half = settings.timeout / 2
-        for name in ("connection_timeout", "read_timeout", "write_timeout"):
-            limit = min(3, half / 2) if name == "connection_timeout" else half
+        limits = {
+            "connection_timeout": min(3, half / 2),
+            "read_timeout": half,
+            "write_timeout": half,
+        }
+        for name, limit in limits.items():      # the driver takes whole seconds, and 0 as no limit
             dsn[name] = math.ceil(dsn.get(name) or limit)
         self.lock_wait = max(1, math.ceil(half) - 1)
         if dsn.get("charset", "utf8mb4") == "utf8mb4":      # older MariaDB lacks the driver's own
@@ -878,7 +890,7 @@ class MysqlServers:
             **dsn,
             "autocommit": True,
             "ssl_disabled": self._tls == "false",
-            "client_flags": [mysql.connector.ClientFlag.FOUND_ROWS],
+            "client_flags": [self.driver.ClientFlag.FOUND_ROWS],
         }
 
     def connect(self):
@@ -889,16 +901,13 @@ class MysqlServers:
         """
         since = time.monotonic() - 60
         trouble = None
-        for address in sorted(self._addresses, key=lambda one: self._hung.get(one, since) > since):
+        for address in sorted(self._addresses, key=lambda one: self.hung.get(one, since) > since):
             try:
                 return self._open(address), address
             except (self.driver.Error, Unavailable) as error:
                 # Refused says more than a later address that is merely down.
                 trouble = trouble if isinstance(trouble, Refused) else error
         raise trouble
-
-    def note_hung(self, address):
-        self._hung[address] = time.monotonic()
 
     def _open(self, address):
         place = {"host": address[0], "port": address[1]} if address else {}
@@ -1024,7 +1033,6 @@ class MysqlStore:
 
     def __init__(self, servers, metrics):
         self._servers = servers
-        self._driver_error = servers.driver.Error
         self._metrics = metrics
         self._connection = None
         self._address = None
@@ -1042,7 +1050,7 @@ class MysqlStore:
         try:
             self._connect()
         except Retry as error:      # it may come later
-            self._tell(error)
+            self._tell(error.__cause__ or error)
         except Unavailable as error:
             raise self._start_error(error)
         return self._what
@@ -1069,19 +1077,19 @@ class MysqlStore:
         try:
             self._connect()
         except Unavailable as error:
-            self._tell(error)
+            self._tell(error.__cause__ or error)    # the driver's own says more
             raise
 
     def _connect(self):
         if not self._connection:
             try:
                 self._connection, self._address = self._servers.connect()
-            except self._driver_error as error:
+            except self._servers.driver.Error as error:
                 raise self._translated(error) from error
 
     def _tell(self, error):
-        """Logs an error that is not one pot's; the driver's own says more."""
-        troubles.begin(self._subject, f"{self._subject}: {error.__cause__ or error}")
+        """Logs an error that is not one pot's."""
+        troubles.begin(self._subject, f"{self._subject}: {error}")
 
     def _run(self, pot, function, *arguments):
         """What function(connection, *arguments) returns.
@@ -1095,15 +1103,13 @@ class MysqlStore:
             value = function(self._connection, *arguments)
             sound = True
             return value
-        except self._driver_error as error:
+        except self._servers.driver.Error as error:
             sound = error.errno in OF_ONE_POT
             if error.errno in HUNG and time.monotonic() - start > 0.9 * self._servers.lock_wait:
-                self._servers.note_hung(self._address)
-            failure = self._translated(error, pot)
-            failure.__cause__ = error
+                self._servers.hung[self._address] = time.monotonic()
             if not sound:
-                self._tell(failure)
-            raise failure
+                self._tell(error)
+            raise self._translated(error, pot) from error
         except Unavailable as error:
             self._tell(error)
             raise
@@ -1232,7 +1238,7 @@ class MysqlStore:
     def close(self):
         connection, self._connection = self._connection, None
         if connection:
-            with contextlib.suppress(self._driver_error):
+            with contextlib.suppress(self._servers.driver.Error):
                 connection.close()
 
 
@@ -1254,7 +1260,8 @@ class Job:
     tries = 0
     trouble = None      # the last error after which it was to be tried again
 
-    def __init__(self, answer, count=0, call=None, patience=10.0, gone=bool, retries=math.inf):
+    def __init__(self, answer, count=0, call=None, patience=10.0, gone=lambda: False,
+                 retries=math.inf):
         self.answer = answer
         self.count = count
         self.call = call
@@ -1262,15 +1269,12 @@ class Job:
         self.gone = gone
         self.retries = retries
         self.start = time.monotonic()
-        self._open = [True]     # the thread that pops this answers
+        self._answered = threading.Lock()   # taken for good by the thread that answers
 
     def finish(self, value=None, error=None):
         """Answers, unless that was done before."""
-        try:
-            self._open.pop()
-        except IndexError:
-            return
-        self.answer(value, error)
+        if self._answered.acquire(blocking=False):
+            self.answer(value, error)
 
     def expire(self):
         """Answers that the time is over, and why."""
@@ -1279,7 +1283,7 @@ class Job:
         self.finish(error=Unavailable(f"{reason} {self.patience:g} seconds"))
 
     def answered(self):
-        return not self._open
+        return self._answered.locked()
 
 
 def still_wanted(jobs):
@@ -1324,7 +1328,8 @@ class Allocator:
         self._pots = collections.deque()    # pots with jobs that no worker has, oldest first
         self._idle = []                     # workers without work; the one used last is the next
         self._highest = {}                  # pot -> highest ID given; its worker writes it
-        self.last_pot = ""                  # the pot that IDs were taken from last, for /healthz
+        # For /healthz: the pot that IDs were taken from last, or could not be.
+        self.last_pot = ""
 
     def start(self):
         for worker in self._workers:
@@ -1378,13 +1383,16 @@ class Allocator:
 
     def _work_once(self, worker):
         """Serves the pot that has waited longest, or waits for one, or for a connection."""
+        connected = worker.store.connected
+        pot = None
         with self._lock:
-            # One that is not connected goes to the bottom: its client would wait for TLS.
-            connected = worker.store.connected
-            pot = self._pots.popleft() if self._pots and connected else None
-            waiting = bool(pot or self._pots)
-            if not waiting:
-                self._idle.insert(len(self._idle) if connected else 0, worker)
+            waiting = bool(self._pots)
+            if waiting and connected:
+                pot = self._pots.popleft()
+            elif connected:
+                self._idle.append(worker)
+            elif not waiting:       # to the bottom: its client would wait for TLS
+                self._idle.insert(0, worker)
         if pot:
             self._serve(pot, worker.store)
         elif waiting:
@@ -1420,7 +1428,8 @@ class Allocator:
 
     def _pause(self, tries):
         """Waits a random time, longer after more tries, at most a second."""
-        self._stopped.wait(random.uniform(0, min(1.0, 0.02 * 2 ** min(tries, 10))))
+        longest = min(1.0, 0.02 * 2 ** min(tries, 10))
+        self._stopped.wait(random.uniform(0, longest))
 
     def _serve(self, pot, store):
         """Serves the jobs that wait for the pot; those to be tried again come before later ones."""
@@ -1428,20 +1437,19 @@ class Allocator:
             jobs = self._queues[pot]
             self._queues[pot] = []
         again = []
-        failed = jobs       # to be answered with 500, should anything unexpected be raised
         try:
             self._serve_jobs(pot, still_wanted(jobs), store)
-            failed = []
         except Retry as error:
-            failed = []
             self._put_off(jobs, error)
             again = still_wanted(jobs)
             self._metrics.add("idpot_db_retries_total", len(again))
             # The pot stays here meanwhile: no other worker meets the same trouble with it.
             self._pause(max(job.tries for job in jobs))
         finally:
-            for job in failed:
-                job.finish(error=IdpotError("internal error"))
+            if not again:       # all are answered, unless something unexpected was raised
+                internal = IdpotError("internal error")
+                for job in jobs:
+                    job.finish(error=internal)
             with self._lock:
                 self._queues[pot][:0] = again
                 if self._queues[pot]:
@@ -1485,8 +1493,6 @@ class Allocator:
         except Retry:
             raise
         except IdpotError as error:
-            if type(error) is Unavailable:      # /healthz is to try what could not be served
-                self.last_pot = pot
             self._fail(pot, jobs, store, error)
             return
         self._highest[pot] = last
@@ -1503,6 +1509,8 @@ class Allocator:
         """Answers the error, but where too many IDs were asked for together some may fit alone."""
         if isinstance(error, Broken):
             troubles.begin(f"pot {pot}", str(error))
+        elif isinstance(error, Unavailable):
+            self.last_pot = pot
         if isinstance(error, Exhausted) and len(jobs) > 1:
             for job in jobs:
                 self._take(pot, [job], store)
@@ -1564,7 +1572,7 @@ PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class HttpError(IdpotError):
-    """The form of the request is refused; its status says why (RFC 9110, 15.5; RFC 6585)."""
+    """The form of the request is refused; its status says why (RFC 9110, 15.5, 15.6; RFC 6585)."""
 
     def __init__(self, status, text, header=""):
         super().__init__(text)
@@ -1606,7 +1614,7 @@ def parse_target(target):
 
 
 def check_beginning(head, start=0):
-    """Raises the error that a head deserves, which need not be whole; looks at it from start on."""
+    """Raises the error that a head deserves, which need not be whole; before start it is known."""
     end = head.find(b"\r\n")
     whole = end >= 0        # the request line
     length = end if whole else len(head)
@@ -1617,9 +1625,10 @@ def check_beginning(head, start=0):
     if FORBIDDEN.search(head, max(0, start - 1)):
         raise BadRequest("a control character, bare CR or bare LF is in the header")
     # The request line is looked at when it has just become whole, not again with each piece.
-    if whole and start <= end + 2 and not re.fullmatch(REQUEST_LINE, head[:end + 2]):
-        line = head[:end].decode("latin-1")
-        raise BadRequest(f"{shown(line)} is not a request line")
+    if whole and start <= end + 2:
+        if not re.fullmatch(REQUEST_LINE, head[:end + 2]):
+            line = head[:end].decode("latin-1")
+            raise BadRequest(f"{shown(line)} is not a request line")
 
 
 def parse_fields(lines):
@@ -1686,28 +1695,6 @@ def parse_head(data):
         tail=f'"{referer}" "{agent}"')
 
 
-def parse_form(head, body, known):
-    """The fields of the query and of the form in the body, each at most once, and none unknown."""
-    if body and head.form != FORM:
-        form = shown(head.form.decode("latin-1"))
-        raise HttpError(415, f"the body is {form}, not {FORM.decode()}")
-    text = f"{head.query}&{body.decode('latin-1')}"
-    try:
-        pairs = urllib.parse.parse_qsl(
-            text, keep_blank_values=True, errors="strict", max_num_fields=100)
-    except ValueError:
-        raise BadRequest("the form is not UTF-8, or has too many fields")
-    fields = {}
-    for name, value in pairs:
-        if name not in known:
-            here = f"here are {', '.join(known)}" if known else "there are none here"
-            raise BadRequest(f"unknown field {shown(name)}: {here}")
-        if name in fields:
-            raise BadRequest(f"{shown(name)} is given twice")
-        fields[name] = value
-    return fields
-
-
 @functools.lru_cache(maxsize=64)
 def answer_beginning(status, form, header):
     """The head of an answer but for its length. The accepting thread clears this cache every LOOK
@@ -1751,12 +1738,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.began = None       # when the request that is being read began to arrive, if it did
         # Held from a whole request until its answer was sent; guards head, body, keep, start and
         # render, which belong to that request, job, what the allocator was asked for, and unsent.
+        # look() and finish() read the last two without it.
         self.turn = threading.Lock()
         self.job = None
         self.unsent = b""       # rest of an answer that a worker could not send at once
         self.sending = False    # whether the thread waits for the client to read
-        # These two without a lock: the thread, whoever answers, and hurry() write them, and look()
-        # reads them again 0.2 seconds later.
+        # since and limit, which allow() sets, need no lock: the thread, whoever answers, and
+        # hurry() write them, and look() reads them again 0.2 seconds later.
         self.allow(self.server.idle_patience)
         self.unread = b""       # how much the client had not read at the last look
         self.ended = False      # whether end() was called
@@ -1827,12 +1815,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 seen = 0
             end = self.buffer.find(b"\r\n\r\n", max(0, seen - 3))
             if end >= 0:
-                end += 4
-                self.head_bytes, self.buffer = self.buffer[:end], self.buffer[end:]
                 # No client can fill the cache with long ones.
                 parse = parse_head if end < 1024 else parse_head.__wrapped__
-                return parse(self.head_bytes)
-            self.head_bytes = self.buffer
+                head = parse(self.buffer[:end + 4])
+                self.buffer = self.buffer[end + 4:]
+                return head
             check_beginning(self.buffer, seen)
             seen = len(self.buffer)
             data = self.receive()
@@ -1869,8 +1856,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return BadRequest("the request is cut off")
 
     def malformed_head(self):
-        line = re.match(rb"[^\r\n]*", self.head_bytes)[0]
-        return Head(line=AccessLog.escape_malformed(line[:MAX_LINE]))
+        line = re.match(rb"[^\r\n]*", self.buffer)[0][:MAX_LINE]
+        # What may be a token is left away.
+        line = re.sub(rb"(?is)(authorization|bearer).*", rb"\1...", line)
+        return Head(line=AccessLog.escape(line) or "-")
 
     def finish(self):
         """Returns when the connection can be closed: a worker has sent the last answer.
@@ -1896,7 +1885,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answers the request, or leaves that to a worker."""
         head = self.head
         try:
-            if self.server.guarded or head.origin:
+            if self.settings.admintoken or head.origin:
                 self.check_token(head)
             if not head.action:
                 raise self.no_action(head)
@@ -1905,12 +1894,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.reply(*error_answer(error))
         except Exception as error:
             self.close_connection = True
-            unanswered = self.turn.locked()
-            if unanswered or not isinstance(error, OSError):    # else the client has gone
+            if self.turn.locked():      # it is not answered yet
                 log.exception("request from %s", self.host)
-            if unanswered:
                 self.keep = False
                 self.reply(*INTERNAL_ERROR)
+            elif not isinstance(error, OSError):    # else the client has gone
+                log.exception("request from %s", self.host)
 
     def check_token(self, head):
         """Raises Unauthorized, or Forbidden, where the request lacks the bearer token it needs."""
@@ -1994,7 +1983,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         beginning = answer_beginning(status, form, header)
         sent = b"" if head.method == "HEAD" else body
         self.since = now = time.monotonic()
-        answer = (self.host, head, status, len(sent), self.start or now, now)
+        answer = (self.host, head, status, len(sent), self.start, now)
         self.server.access.add(answer)
         if status == 204:       # RFC 9110, 8.6
             return beginning + b"\r\n"
@@ -2053,7 +2042,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def silent(self):
         """Whether it is the client's turn to send."""
-        return not (self.job or self.sending or self.turn.locked() or self.ended)
+        return not (self.turn.locked() or self.ended)
 
     def end(self):
         """Has the thread see the end of the client's input, behind what has arrived."""
@@ -2074,12 +2063,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # What each route does
 
     def fields(self, *known):
-        """The request's fields; raises BadRequest for one that is not known."""
-        if not (self.body or self.head.query):
-            return {}
+        """The fields of the query and of the form, each at most once, and none that is unknown."""
+        head = self.head
         # Elsewhere than in a POST a body means nothing.
-        body = self.body if self.head.method == "POST" else b""
-        return parse_form(self.head, body, known)
+        body = self.body if head.method == "POST" else b""
+        if not (body or head.query):
+            return {}
+        if body and head.form != FORM:
+            form = shown(head.form.decode("latin-1"))
+            raise HttpError(415, f"the body is {form}, not {FORM.decode()}")
+        text = f"{head.query}&{body.decode('latin-1')}"
+        try:
+            pairs = urllib.parse.parse_qsl(
+                text, keep_blank_values=True, errors="strict", max_num_fields=100)
+        except ValueError:
+            raise BadRequest("the form is not UTF-8, or has too many fields")
+        fields = {}
+        for name, value in pairs:
+            if name not in known:
+                here = f"here are {', '.join(known)}" if known else "there are none here"
+                raise BadRequest(f"unknown field {shown(name)}: {here}")
+            if name in fields:
+                raise BadRequest(f"{shown(name)} is given twice")
+            fields[name] = value
+        return fields
 
     def take_ids(self):
         fields = self.fields("count", "range")
@@ -2124,7 +2131,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_pots(self):
         self.fields()
         rows = self.wait_for(ALL_POTS, call=("pots",))
-        self.reply(200, "".join([f"{pot}\t{value}\n" for pot, value in rows]).encode())
+        lines = [f"{pot}\t{value}\n" for pot, value in rows]
+        self.reply(200, "".join(lines).encode())
 
     def get_health(self):
         """A probe is told soon, but the connection may have been lost while nobody used it."""
@@ -2169,7 +2177,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.allocator = allocator
         self.metrics = metrics
         self.access = access
-        self.guarded = bool(settings.token or settings.admintoken)
         # Descriptor -> its Handler, None until its thread has made that. Not by socket: until then
         # the thread alone holds that, so one that dies for lack of memory closes it.
         self.connections = {}
@@ -2203,7 +2210,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = True
         self.idle_patience = self.request_patience = HURRIED
         self.shutdown()
-        self.timeout = 0
         end = time.monotonic() + HURRIED    # under load there would always be one more
         while time.monotonic() < end and select.select([self.socket], [], [], 0)[0]:
             self.handle_request()
@@ -2286,12 +2292,13 @@ class Server(http.server.ThreadingHTTPServer):
         self.looked = now
         answer_beginning.cache_clear()
         for descriptor, handler in list(self.connections.items()):
-            # A thread may close its connection at any moment.
-            with contextlib.suppress(OSError, ValueError):
+            try:
                 if handler:
                     handler.look(now)
                 elif not os.path.exists(f"/proc/self/fd/{descriptor}"):     # its thread died
                     self.connections.pop(descriptor, None)
+            except (OSError, ValueError):       # its thread has just closed it
+                pass
 
     def _make_room(self):
         """Ends the connection that has been silent longest, and waits until one is closed."""
@@ -2354,7 +2361,8 @@ class Client:
 
     def next_range(self, pot, count, field="range"):
         """Returns a range of count (1..2**32) new IDs."""
-        first = int(self._request("POST", "id", pot, **{field: count}).split(None, 1)[0])
+        answer = self._request("POST", "id", pot, **{field: count})
+        first = int(answer.split(None, 1)[0])
         return self._checked(pot, range(first, first + count))
 
     def raise_to(self, pot, min):
@@ -2487,7 +2495,8 @@ def serve(settings, metrics, lines, access):
     else:
         host, port = listener.getsockname()[:2]
         warn_of_exposure(settings, host)
-        where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        name = f"[{host}]" if ":" in host else host
+        where = f"http://{name}:{port}"
     log.info("listening on %s (%s)", where, description)
     log.handlers[0].flush()
     notify(f"READY=1\nSTATUS={description}")
@@ -2497,7 +2506,7 @@ def serve(settings, metrics, lines, access):
             break
         if number == signal.SIGHUP:
             reload(settings, lines)
-        # systemd must hear of a hang of any thread, not of this one only.
+        # systemd must hear of a hang of the accepting thread and of workers, too.
         accepting = time.monotonic() < server.looked + 5
         if "WATCHDOG_USEC" in os.environ and accepting and allocator.alive():
             notify("WATCHDOG=1")
@@ -2505,11 +2514,11 @@ def serve(settings, metrics, lines, access):
     server.stop()
     end = time.monotonic() + settings.timeout
     # Answers under way may need Timeout; closing the stores takes a second at most.
-    while server.connections and time.monotonic() < end:
-        if signal.sigtimedwait(STOPS, 0.02):        # a second one stops at once
-            break
+    second = None
+    while server.connections and time.monotonic() < end and not second:
+        second = signal.sigtimedwait(STOPS, 0.02)
         server.service_actions()
-    else:
+    if not second:      # that one stops at once
         allocator.stop()
     log.info("stopped")
 
@@ -2523,13 +2532,15 @@ def reload(settings, lines):
 
 def check(settings):
     """Tries what a start needs and writes nothing; returns what was found; raises StartError."""
-    path = time.strftime(settings.logfile)
-    folder = os.path.dirname(path) or "."
-    if path and not os.path.isdir(folder):
-        raise StartError(f"LogFile {shown(path)}: its folder is not there")
-    which, place = ("it", path) if os.path.exists(path) else ("its folder", folder)
-    if path and not os.access(place, os.W_OK):
-        raise StartError(f"LogFile {shown(path)}: {which} cannot be written")
+    if settings.logfile:
+        path = time.strftime(settings.logfile)
+        folder = os.path.dirname(path) or "."
+        if not os.path.isdir(folder):
+            raise StartError(f"LogFile {shown(path)}: its folder is not there")
+        if os.path.exists(path) and not os.access(path, os.W_OK):
+            raise StartError(f"LogFile {shown(path)}: it cannot be written")
+        if not os.path.exists(path) and not os.access(folder, os.W_OK):
+            raise StartError(f"LogFile {shown(path)}: its folder cannot be written")
     return settings.store.all(settings, Metrics())[0].probe()
 
 
