@@ -373,8 +373,8 @@ def load_settings(path=None):
 class StrftimeFileHandler(logging.Handler):
     """Appends to the file that a strftime pattern names now, with a symlink to the newest.
 
-    One thread writes; reopen() is for others. A file that cannot be written is told once and tried
-    again each time.
+    One thread writes; reopen() is for others. A file that cannot be written, or a link that cannot
+    be set, is told once and tried again each time.
     """
 
     def __init__(self, pattern, link="", clock=time.time):
@@ -383,24 +383,32 @@ class StrftimeFileHandler(logging.Handler):
         self.link = link
         self.clock = clock
         self.file = None
-        self.path = None        # of the open file; another one, or none, is opened at the next line
+        self.path = None        # of the open file
+        self.moved = False      # whether another thread has called reopen()
+        self.linked = False     # whether the link names the open file
         self.torn = False       # whether the last line may be half one
         self._open()
+        self._point_link()
 
     def _open(self):
         """Opens the file of this moment unless it is open."""
         path = time.strftime(self.pattern, time.localtime(self.clock()))
-        if path == self.path:
+        if path == self.path and not self.moved:
             return
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o640)
-        if self.file is not None:
-            os.close(self.file)
-        self.file = file
+        self.moved = False      # before the file is opened: what comes later is for the next line
+        self.path = None
+        new = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o640)
+        old = self.file
+        self.file = new
         self.path = path
-        if self.link:
-            self._point_link()
+        self.linked = False
+        if old is not None:
+            os.close(old)
 
     def _point_link(self):
+        """Points the link to the open file."""
+        if self.linked or not self.link:
+            return
         if os.path.lexists(self.link) and not os.path.islink(self.link):
             raise OSError(errno.EEXIST, "LogLinkName is there and is not a symlink", self.link)
         new = f"{self.link}.{os.getpid()}"
@@ -410,6 +418,7 @@ class StrftimeFileHandler(logging.Handler):
         os.symlink(target, new)
         # Atomic: the link never misses.
         os.replace(new, self.link)
+        self.linked = True
 
     def emit(self, record):
         data = ("\n" * self.torn + record.getMessage() + "\n").encode("ascii", "backslashreplace")
@@ -423,10 +432,16 @@ class StrftimeFileHandler(logging.Handler):
             self.torn = True
             text = f"the access log cannot be written, its lines are lost: {error}"
             troubles.begin("the access log", text, logging.ERROR)
+            return
+        try:
+            self._point_link()
+            troubles.end("LogLinkName")
+        except OSError as error:
+            troubles.begin("LogLinkName", f"LogLinkName cannot be set: {error}", logging.ERROR)
 
     def reopen(self):
         """Has the next line open the file anew, after logrotate has moved it."""
-        self.path = None
+        self.moved = True
 
 
 class StderrHandler(logging.Handler):
@@ -458,10 +473,12 @@ class Background:
 
     def _run(self):
         while True:
-            with contextlib.suppress(MemoryError, RuntimeError):
+            try:
                 self._news.wait()
                 self._news.clear()      # what is added from here on sets it again
                 self.work_off()
+            except (MemoryError, RuntimeError):
+                pass
             time.sleep(self._pause)
 
     def work_off(self):
@@ -529,6 +546,14 @@ class Troubles:
 
 
 troubles = Troubles()
+
+
+def log_exception(what):
+    """Logs the exception at hand with its traceback, if there is memory for that."""
+    try:
+        log.exception("%s", what)
+    except (MemoryError, RuntimeError):
+        pass
 
 
 class AccessLog(Background):
@@ -765,7 +790,8 @@ class SqliteStore:
     def _execute(self, statement, *values):
         try:
             cursor = self._db.execute(statement, values)
-            troubles.end(self._what)
+            if not statement.startswith("SELECT"):      # a full disk can be read
+                troubles.end(self._what)
             return cursor
         except self._sqlite.Error as error:
             self._metrics.add('idpot_db_errors_total{errno="other"}')
@@ -1104,7 +1130,7 @@ class MysqlStore:
             sound = True
             return value
         except self._servers.driver.Error as error:
-            sound = error.errno in OF_ONE_POT
+            sound = pot and error.errno in OF_ONE_POT
             if error.errno in HUNG and time.monotonic() - start > 0.9 * self._servers.lock_wait:
                 self._servers.hung[self._address] = time.monotonic()
             if not sound:
@@ -1121,12 +1147,12 @@ class MysqlStore:
         return self._run(pot, select_rows, query)
 
     def _translated(self, error, pot=""):
-        """The IdpotError for an error of the driver."""
-        if error.errno == 1146:
+        """The IdpotError for an error of the driver; without a pot none is one pot's."""
+        if pot and error.errno == 1146:
             return NotFound(f"there is no pot {shown(pot)}")
-        if error.errno == 1054:
+        if pot and error.errno == 1054:
             return Broken(f"the table of pot {shown(pot)} has no column id")
-        if error.errno in CEILING:
+        if pot and error.errno in CEILING:
             return Exhausted(f"pot {shown(pot)} is exhausted: its table holds no greater number")
         self._metrics.add(f'idpot_db_errors_total{{errno="{error.errno}"}}')
         kind = Retry if error.errno in RETRIED else Unavailable
@@ -1194,7 +1220,8 @@ class MysqlStore:
             there = self._select(f"SELECT id FROM `pot_{pot}` LIMIT 1", pot)
             if not there:
                 self._run(pot, run_statement, f"INSERT INTO `pot_{pot}` (id) VALUES ({low})")
-            self._select(f"SELECT RELEASE_LOCK('pot_{pot}')")
+            with contextlib.suppress(Unavailable):      # the row is there, whatever happens now
+                self._select(f"SELECT RELEASE_LOCK('pot_{pot}')")
         except IdpotError:
             self.close()    # and with it the lock
             raise
@@ -1218,8 +1245,9 @@ class MysqlStore:
     def _currents(self, pots):
         """(pot, current ID) of each, in one statement; "-" for a pot that has none."""
         with contextlib.suppress(NotFound, Broken):
-            rows = self._select(" UNION ALL ".join(
-                f"(SELECT '{pot}', id FROM `pot_{pot}` LIMIT 2)" for pot in pots))
+            query = " UNION ALL ".join(
+                f"(SELECT '{pot}', id FROM `pot_{pot}` LIMIT 2)" for pot in pots)
+            rows = self._select(query, pots[0])
             whole = all(type(value) is int and value >= 0 for _, value in rows)
             if whole and sorted(pots) == sorted(pot for pot, _ in rows):
                 return rows
@@ -1230,10 +1258,12 @@ class MysqlStore:
     def check(self, pot):
         """Raises Unavailable where no ID could be issued now; pot: the one used last, if any."""
         self._run("", self._servers.check_server)
-        tables = [f"pot_{pot}"] if pot else [table for table, _ in self._run("", pot_tables)]
-        for table in tables[:1]:        # takes the locks and needs the privilege
+        tables = [] if pot else self._run("", pot_tables)
+        for table, _ in tables[:1]:
+            pot = table[4:]
+        if pot:     # takes the locks and needs the privilege
             with contextlib.suppress(NotFound, Broken):
-                self._run("", run_statement, f"UPDATE `{table}` SET id = id")
+                self._run(pot, run_statement, f"UPDATE `pot_{pot}` SET id = id")
 
     def close(self):
         connection, self._connection = self._connection, None
@@ -1311,6 +1341,9 @@ ALL_POTS = "all pots"
 HEALTH = "health"
 
 
+INTERNAL = IdpotError("internal error")
+
+
 class Allocator:
     """The queues of the pots and the workers that serve them.
 
@@ -1324,7 +1357,8 @@ class Allocator:
         self._workers = [Worker(store) for store in stores]
         self._stopped = threading.Event()
         self._lock = threading.Lock()       # guards the next three; no statement or answer under it
-        self._queues = {}                   # pot -> jobs that wait; there from submit until served
+        # Pot -> jobs that wait. A pot that is here is in _pots too, or one worker is serving it.
+        self._queues = {}
         self._pots = collections.deque()    # pots with jobs that no worker has, oldest first
         self._idle = []                     # workers without work; the one used last is the next
         self._highest = {}                  # pot -> highest ID given; its worker writes it
@@ -1342,9 +1376,10 @@ class Allocator:
             if pot in self._queues:
                 self._queues[pot].append(job)
                 return
-            self._queues[pot] = [job]
-            self._pots.append(pot)
+            # In this order nothing is lost where memory is short: a worker may find nothing to do.
             self._wake_one()
+            self._pots.append(pot)
+            self._queues[pot] = [job]
 
     def alive(self):
         """Whether each worker lives and has not been busy with one thing for too long."""
@@ -1368,7 +1403,8 @@ class Allocator:
     def _wake_one(self):
         """Wakes the next worker, if one is idle. The lock is held."""
         if self._idle:
-            self._idle.pop().wakes.put(None)
+            self._idle[-1].wakes.put(None)
+            self._idle.pop()
 
     def _work(self, worker):
         """What a worker's thread does."""
@@ -1376,9 +1412,8 @@ class Allocator:
             try:
                 self._work_once(worker)
             except Exception:       # MemoryError, say: the worker lives on
-                with contextlib.suppress(MemoryError, RuntimeError):
-                    log.exception("a worker")
-                self._stopped.wait(0.2)     # what repeats must not spin
+                log_exception("a worker")
+                time.sleep(0.2)     # what repeats must not spin
         worker.store.close()
 
     def _work_once(self, worker):
@@ -1414,12 +1449,15 @@ class Allocator:
                 waiting = [job for pot in self._pots for job in self._queues[pot]]
                 # No connection here may be none anywhere, but another worker may still have one.
                 self._wake_one()
-            self._put_off(waiting, error)
+            for job in waiting:
+                job.trouble = error
+            if not self.connections():      # else one of those is to try it
+                self._count_try(waiting, error)
             worker.failures += 1
             self._pause(worker.failures)
 
     @staticmethod
-    def _put_off(jobs, error):
+    def _count_try(jobs, error):
         for job in jobs:
             job.trouble = error
             job.tries += 1
@@ -1433,31 +1471,39 @@ class Allocator:
 
     def _serve(self, pot, store):
         """Serves the jobs that wait for the pot; those to be tried again come before later ones."""
-        with self._lock:
-            jobs = self._queues[pot]
-            self._queues[pot] = []
-        again = []
+        jobs = again = ()
+        try:
+            with self._lock:
+                jobs, self._queues[pot] = self._queues[pot], []
+            again = self._try_jobs(pot, jobs, store)
+        finally:
+            try:
+                if not again:       # all are answered, unless something unexpected was raised
+                    for job in jobs:
+                        job.finish(error=INTERNAL)
+            finally:
+                with self._lock:
+                    if again or self._queues[pot]:
+                        self._pots.append(pot)      # behind those that wait
+                        self._queues[pot][:0] = again
+                    else:
+                        del self._queues[pot]
+
+    def _try_jobs(self, pot, jobs, store):
+        """Serves the jobs; returns those to be tried again."""
         try:
             self._serve_jobs(pot, still_wanted(jobs), store)
+            return ()
         except Retry as error:
-            self._put_off(jobs, error)
+            self._count_try(jobs, error)
             again = still_wanted(jobs)
             self._metrics.add("idpot_db_retries_total", len(again))
             # The pot stays here meanwhile: no other worker meets the same trouble with it.
             self._pause(max(job.tries for job in jobs))
-        finally:
-            if not again:       # all are answered, unless something unexpected was raised
-                internal = IdpotError("internal error")
-                for job in jobs:
-                    job.finish(error=internal)
-            with self._lock:
-                self._queues[pot][:0] = again
-                if self._queues[pot]:
-                    self._pots.append(pot)      # behind those that wait
-                else:
-                    del self._queues[pot]
+            return again
 
     def _serve_jobs(self, pot, jobs, store):
+        """Raises Retry where some jobs are to be tried again; others may be answered by then."""
         takes = [job for job in jobs if job.count]
         if takes:
             self._take(pot, takes, store)
@@ -1714,7 +1760,7 @@ def error_answer(error):
     return error.status, f"{error}\n".encode(), error.header
 
 
-INTERNAL_ERROR = error_answer(IdpotError("internal error"))
+INTERNAL_ERROR = error_answer(INTERNAL)
 
 
 def id_answer(value):
@@ -1738,7 +1784,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.began = None       # when the request that is being read began to arrive, if it did
         # Held from a whole request until its answer was sent; guards head, body, keep, start and
         # render, which belong to that request, job, what the allocator was asked for, and unsent.
-        # look() and finish() read the last two without it.
+        # look() and finish() read job without it.
         self.turn = threading.Lock()
         self.job = None
         self.unsent = b""       # rest of an answer that a worker could not send at once
@@ -1895,11 +1941,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Exception as error:
             self.close_connection = True
             if self.turn.locked():      # it is not answered yet
-                log.exception("request from %s", self.host)
+                log_exception(f"request from {self.host}")
                 self.keep = False
                 self.reply(*INTERNAL_ERROR)
             elif not isinstance(error, OSError):    # else the client has gone
-                log.exception("request from %s", self.host)
+                log_exception(f"request from {self.host}")
 
     def check_token(self, head):
         """Raises Unauthorized, or Forbidden, where the request lacks the bearer token it needs."""
@@ -1942,7 +1988,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.job = job = Job(lambda *answer: inbox.put(answer), count, call,
                              self.settings.timeout, self.gone, retries)
         self.server.allocator.submit(pot, job)
-        value, error = inbox.get()
+        # The job expires sooner, unless memory was too short even for that: then queue.Empty.
+        value, error = inbox.get(timeout=self.settings.timeout + LINGER)
         if error:
             raise error
         return value
@@ -1964,11 +2011,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         finally:
             if not data:        # no memory: the client is to see the end
                 self.keep = False
-            if not self.keep and not self.unsent:
-                with contextlib.suppress(OSError):
+            try:
+                if not self.keep and not self.unsent:
                     self.request.shutdown(socket.SHUT_WR)
-            if not self.began:      # else the next request has a limit of its own
-                self.limit = self.server.idle_patience if self.keep else LINGER
+            except OSError:
+                pass
+            self.limit = self.server.idle_patience if self.keep else LINGER
+            if self.began:      # the next request's; begin() notes it before it sets the limit
+                self.limit = self.server.request_patience
             self.job = None
             self.turn.release()
 
@@ -2198,8 +2248,7 @@ class Server(http.server.ThreadingHTTPServer):
             try:
                 return self.serve_forever(LOOK)
             except Exception:       # MemoryError, say
-                with contextlib.suppress(MemoryError, RuntimeError):
-                    log.exception("the accepting thread")
+                log_exception("the accepting thread")
                 time.sleep(LOOK)
                 if self.stopping:
                     return None
@@ -2261,8 +2310,10 @@ class Server(http.server.ThreadingHTTPServer):
     def _serve(self, request, client_address):
         """What a thread for connections does: it serves one after another."""
         while True:
-            with contextlib.suppress(MemoryError, RuntimeError):
+            try:
                 self.process_request_thread(request, client_address)
+            except (MemoryError, RuntimeError):
+                pass
             self.close_request(request)     # again, where memory was short
             if self._free.qsize() >= KEPT_THREADS:
                 return
@@ -2379,9 +2430,11 @@ class Client:
     def _request(self, method, *path, **fields):
         connection = self._connection
         creates = path == ("pot", "create")
-        if connection.sock and select.select([connection.sock], [], [], 0)[0]:
-            # It was ended meanwhile, or has an answer that nobody asked for.
-            connection.close()
+        if connection.sock:
+            poll = select.poll()        # select() fails on descriptors from 1024 up
+            poll.register(connection.sock, select.POLLIN)
+            if poll.poll(0):    # it was ended meanwhile, or has an answer that nobody asked for
+                connection.close()
         # On a kept connection the server may have ended it while the request was on its way.
         kept = connection.sock is not None
         quoted = [urllib.parse.quote(part, safe="") for part in path]
@@ -2416,13 +2469,19 @@ class Client:
 
 # --------------------------------------------------------------------------------- service manager
 
+@functools.cache
+def notify_socket():
+    """One for all states, made before the clients come: later no descriptor may be left."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+
 def notify(state):
     """Tells systemd a state such as READY=1, as sd_notify(3) does, if it listens."""
     path = os.environ.get("NOTIFY_SOCKET")
     if path:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.connect("\0" + path[1:] if path[0] == "@" else path)
-            sock.sendall(state.encode())
+        with contextlib.suppress(OSError):
+            address = "\0" + path[1:] if path[0] == "@" else path
+            notify_socket().sendto(state.encode(), address)
 
 
 def inherited_listener():
@@ -2481,8 +2540,9 @@ def serve(settings, metrics, lines, access):
     """Serves until a stop signal; raises StartError."""
     stores = settings.store.all(settings, metrics)
     description = stores[0].start()
-    # The driver's timeouts end a statement after half of Timeout, at several addresses in turn.
-    allocator = Allocator(stores, metrics, stuck=3 * settings.timeout + 10)
+    # A worker may meet the driver's timeouts, half of Timeout or the DSN's, at several addresses.
+    limits = [settings.dsn.get(name, 0) for name in ("connection_timeout", "read_timeout")]
+    allocator = Allocator(stores, metrics, stuck=3 * max(settings.timeout, *limits) + 10)
     listener = listen(*settings.listen)
     server = Server(settings, listener, allocator, metrics, access)
     try:
@@ -2500,16 +2560,7 @@ def serve(settings, metrics, lines, access):
     log.info("listening on %s (%s)", where, description)
     log.handlers[0].flush()
     notify(f"READY=1\nSTATUS={description}")
-    while True:
-        number = getattr(signal.sigtimedwait(SIGNALS, 1.0), "si_signo", None)
-        if number in STOPS:
-            break
-        if number == signal.SIGHUP:
-            reload(settings, lines)
-        # systemd must hear of a hang of the accepting thread and of workers, too.
-        accepting = time.monotonic() < server.looked + 5
-        if "WATCHDOG_USEC" in os.environ and accepting and allocator.alive():
-            notify("WATCHDOG=1")
+    wait_for_stop(settings, lines, server)
     notify("STOPPING=1")
     server.stop()
     end = time.monotonic() + settings.timeout
@@ -2523,10 +2574,27 @@ def serve(settings, metrics, lines, access):
     log.info("stopped")
 
 
+def wait_for_stop(settings, lines, server):
+    """Returns at a stop signal; reopens LogFile at SIGHUP, and feeds systemd's watchdog."""
+    while True:
+        number = getattr(signal.sigtimedwait(SIGNALS, 1.0), "si_signo", None)
+        if number in STOPS:
+            return
+        try:
+            if number == signal.SIGHUP:
+                reload(settings, lines)
+            # systemd must hear of a hang of the accepting thread and of workers, too.
+            accepting = time.monotonic() < server.looked + 5
+            if "WATCHDOG_USEC" in os.environ and accepting and server.allocator.alive():
+                notify("WATCHDOG=1")
+        except MemoryError:     # there may be some in a second
+            pass
+
+
 def reload(settings, lines):
-    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     if settings.logfile:
         lines.target.reopen()
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     notify("READY=1")
 
 

@@ -485,6 +485,51 @@ def test_sqlite_goes_on_across_the_sign_of_its_integers_up_to_the_end(sqlite_sto
     assert sqlite_store.take("p", 2, 2**64 - 3) == 2**64 - 1
 
 
+def test_sqlite_is_not_well_again_while_it_can_only_be_read(sqlite_store, caplog):
+    caplog.set_level(logging.INFO)
+    sqlite_store._db.execute("PRAGMA query_only = 1")
+    for _ in range(2):
+        with pytest.raises(idpot.Unavailable, match="readonly"):
+            sqlite_store.take("p", 1, None)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    sqlite_store._db.execute("PRAGMA query_only = 0")
+    assert sqlite_store.take("p", 1, None) == 11
+    assert re.fullmatch("SQLite .* is well again", caplog.records[-1].getMessage())
+
+
+@pytest.fixture
+def mysql_store(database, tmp_path):
+    """A MysqlStore over a database of its own, connected."""
+    database.sql("DROP DATABASE IF EXISTS store_test")
+    database.sql("CREATE DATABASE store_test")
+    (tmp_path / "idpot.cfg").write_text(f"[Mysql]\nConnectString = {database.dsn('store_test')}\n")
+    store = idpot.MysqlStore.all(idpot.load_settings(f"{tmp_path}/idpot.cfg"), idpot.Metrics())[0]
+    store.connect()
+    yield store
+    store.close()
+
+
+def test_a_missing_table_that_is_no_pots_is_trouble_of_the_database(mysql_store):
+    with pytest.raises(idpot.Unavailable, match=re.escape("(error 1146)")):
+        mysql_store._select("SELECT 1 FROM not_there")
+    assert not mysql_store.connected
+
+
+def test_a_create_whose_connection_is_lost_behind_the_row_has_made_the_pot(mysql_store, database):
+    own = mysql_store._select("SELECT CONNECTION_ID()")[0][0]
+    select = mysql_store._select
+
+    def killed_before_the_release(query, *arguments):
+        if "RELEASE_LOCK" in query:
+            database.sql(f"KILL {own}")
+        return select(query, *arguments)
+
+    mysql_store._select = killed_before_the_release
+    mysql_store.create("p", 5)
+    assert not mysql_store.connected
+    assert mysql_store.take("p", 1, None) == 6
+
+
 class TestAllocation:
     @pytest.fixture
     def start(self):
@@ -650,6 +695,32 @@ class TestAllocation:
         allocation.wait_for(1)
         assert allocation.answers == [("other pot", 1)]
         assert bad.calls == []
+
+    def test_a_try_to_connect_does_not_count_while_another_worker_has_a_connection(self, start):
+        good, *bad = [MemoryStore(p=0, q=7), MemoryStore(), MemoryStore()]
+        for store in bad:
+            store.reachable = False
+        allocation = start(good, *bad)
+        with allocation.held(good):
+            allocation.ask("probe", pot="q", call=("current", "q"), retries=1)
+            wait_until(lambda: sum(store.attempts for store in bad) > 5)
+            assert allocation.answers == []
+        allocation.wait_for(1)
+        assert allocation.answers == [("probe", 7)]
+
+    def test_a_pot_is_served_again_after_answers_for_which_there_was_no_memory(self, start):
+        store = MemoryStore(p=0)
+        allocation = start(store)
+
+        def answer(value, error):
+            raise MemoryError
+
+        with allocation.held(store):
+            for _ in range(2):
+                allocation.allocator.submit("p", idpot.Job(answer, count=1))
+        allocation.ask("next", count=1)
+        allocation.wait_for(1)
+        assert allocation.answers == [("next", 3)]
 
     def test_jobs_wait_until_a_worker_can_connect(self, start):
         store = MemoryStore(p=0)
@@ -1908,6 +1979,38 @@ class TestAccessLog:
         handler.emit(logging.makeLogRecord({"msg": "line 2"}))
         assert (tmp_path / "moved").read_text() == "line 0\nline 1\n"
         assert (tmp_path / "log").read_text() == "line 2\n"
+
+    def test_a_reopen_while_the_link_is_set_is_for_the_next_line(self, tmp_path, monkeypatch):
+        handler = idpot.StrftimeFileHandler(f"{tmp_path}/log", f"{tmp_path}/newest")
+        unlink = os.unlink
+
+        def moved_meanwhile(path):
+            os.rename(tmp_path / "log", tmp_path / "moved")
+            handler.reopen()
+            unlink(path)
+
+        monkeypatch.setattr(os, "unlink", moved_meanwhile)
+        handler.reopen()
+        handler.emit(logging.makeLogRecord({"msg": "line 0"}))
+        monkeypatch.undo()
+        handler.emit(logging.makeLogRecord({"msg": "line 1"}))
+        assert (tmp_path / "moved").read_text() == "line 0\n"
+        assert (tmp_path / "log").read_text() == "line 1\n"
+
+    def test_no_line_is_lost_while_the_link_cannot_be_set(self, tmp_path, caplog):
+        caplog.set_level(logging.INFO)
+        days = iter([0, 1, 1, 1])
+        (tmp_path / "links").mkdir()
+        handler = idpot.StrftimeFileHandler(f"{tmp_path}/%j", f"{tmp_path}/links/newest",
+                                            lambda: 43200 + 86400 * next(days))
+        os.rename(tmp_path / "links", tmp_path / "away")
+        for text in ["line 0", "line 1"]:
+            handler.emit(logging.makeLogRecord({"msg": text}))
+        assert [record.levelname for record in caplog.records] == ["ERROR"]
+        os.rename(tmp_path / "away", tmp_path / "links")
+        handler.emit(logging.makeLogRecord({"msg": "line 2"}))
+        assert (tmp_path / "links" / "newest").read_text() == "line 0\nline 1\nline 2\n"
+        assert caplog.records[-1].getMessage() == "LogLinkName is well again"
 
     def test_a_client_cannot_forge_a_line(self, run):
         server = run("[Server]\nLogFile = log")
@@ -4976,6 +5079,16 @@ def test_the_watchdog_is_fed_while_idpot_is_idle_or_busy_and_not_while_it_is_sto
         assert told.next(3) == "WATCHDOG=1"
 
 
+@pytest.mark.slow
+def test_the_watchdog_is_fed_without_a_free_descriptor(run, tmp_path):
+    with NotifySocket(f"{tmp_path}/notify", WATCHDOG_USEC="3000000") as told:
+        server = run(environment=told.environment)
+        assert told.next().startswith("READY=1\n")
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (3, 3))
+        assert told.next(3) == "WATCHDOG=1"
+        assert [told.next(3) for _ in range(3)] == ["WATCHDOG=1"] * 3
+
+
 # Runs idpot's command line, in which whatever takes an ID of the pot "hang" never comes back.
 HANGING_IDPOT = """if True:
     import sys
@@ -5146,6 +5259,15 @@ def secured(tmp_path_factory):
         admin.create("full", idpot.MAX_ID)
     yield url
     server.stop(signal.SIGKILL)
+
+
+def test_client_in_a_program_with_more_than_1024_open_files(secured, many_descriptors):
+    with contextlib.ExitStack() as stack:
+        for _ in range(1100):
+            stack.enter_context(open(os.devnull))
+        client = stack.enter_context(idpot.Client(secured, "t"))
+        first = client.next("p")
+        assert client.next("p") > first
 
 
 @pytest.mark.parametrize("method, arguments, token, error, text", [
