@@ -320,7 +320,7 @@ def unquote(text):
         raise SettingsError(r'a backslash stands before none of \ " n t')
 
 
-def read_file(path):
+def read_settings(path):
     """The stock reader with what is in the file; raises SettingsError."""
     try:
         return SettingsReader(path)
@@ -339,7 +339,7 @@ def load_settings(path=None):
 
     Raises SettingsError with file, section and name.
     """
-    reader = read_file(path) if path else configparser.RawConfigParser()
+    reader = read_settings(path) if path else configparser.RawConfigParser()
     given = reader.sections()
     for section in given:
         if section not in SETTINGS:
@@ -1360,7 +1360,8 @@ class Allocator:
         # Pot -> jobs that wait. A pot that is here is in _pots too, or one worker is serving it.
         self._queues = {}
         self._pots = collections.deque()    # pots with jobs that no worker has, oldest first
-        self._idle = []                     # workers without work; the one used last is the next
+        # Workers without work; the last is the next: the one used last, which has a connection.
+        self._idle = []
         self._highest = {}                  # pot -> highest ID given; its worker writes it
         # For /healthz: the pot that IDs were taken from last, or could not be.
         self.last_pot = ""
@@ -1429,7 +1430,7 @@ class Allocator:
             elif not waiting:       # to the bottom: its client would wait for TLS
                 self._idle.insert(0, worker)
         if pot:
-            self._serve(pot, worker.store)
+            self._serve_pot(pot, worker.store)
         elif waiting:
             self._connect(worker)
         else:
@@ -1469,7 +1470,7 @@ class Allocator:
         longest = min(1.0, 0.02 * 2 ** min(tries, 10))
         self._stopped.wait(random.uniform(0, longest))
 
-    def _serve(self, pot, store):
+    def _serve_pot(self, pot, store):
         """Serves the jobs that wait for the pot; those to be tried again come before later ones."""
         jobs = again = ()
         try:
@@ -2304,10 +2305,10 @@ class Server(http.server.ThreadingHTTPServer):
             bytes(2 << 20)      # MemoryError here rather than in the new thread
             # threading.Thread would wait until it runs: of 1,000 busy clients that came together
             # the last was answered after 0.8 s, without that wait after 0.2 s.
-            _thread.start_new_thread(self._serve, (request, client_address))
+            _thread.start_new_thread(self._serve_connections, (request, client_address))
         troubles.end("accepting")
 
-    def _serve(self, request, client_address):
+    def _serve_connections(self, request, client_address):
         """What a thread for connections does: it serves one after another."""
         while True:
             try:
