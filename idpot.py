@@ -1992,7 +1992,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # The job expires sooner, unless memory was too short even for that: then queue.Empty.
         value, error = inbox.get(timeout=self.settings.timeout + LINGER)
         if error:
-            raise error
+            raise error.with_traceback(None)    # others raise it too: each would make it longer
         return value
 
     def deliver(self, value, error):
