@@ -1,4 +1,5 @@
 import re
+from glob import glob
 
 from setuptools import setup
 
@@ -17,6 +18,10 @@ setup(
     license_files=["LICENSE"],
     keywords=["serial ID", "sequence", "counter", "ticket server", "MySQL", "MariaDB", "SQLite"],
     py_modules=["idpot"],
+    data_files=[
+        ("share/idpot", ["idpot.cfg.example", "README.rst"]),
+        ("share/idpot/contrib", sorted(glob("contrib/*.*"))),
+    ],
     python_requires=">=3.10",
     install_requires=["mysql-connector-python>=9.2"],
     extras_require={"test": ["pytest"]},
