@@ -4191,12 +4191,14 @@ def test_neither_ids_nor_a_stop_wait_for_a_reader(settings, clogged, stop, run):
 
 def test_hangups_without_end_do_not_keep_a_stop_waiting(run):
     server = run()
+
+    def ended():
+        server.process.send_signal(signal.SIGHUP)
+        return server.process.poll() is not None
+
     server.process.send_signal(signal.SIGTERM)
-    with within(5):
-        while server.process.poll() is None:
-            server.process.send_signal(signal.SIGHUP)
-            time.sleep(0.01)
-    assert server.stop() == 0
+    wait_until(ended, 5, every=0.01)
+    assert server.process.returncode == 0
 
 
 @pytest.mark.parametrize("clogged", [stderr_is_a_full_pipe, log_is_a_fifo_that_nobody_reads])
