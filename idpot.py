@@ -20,14 +20,11 @@ import argparse
 import bisect
 import collections
 import configparser
-import contextlib
-import email.utils
 import errno
 import functools
 import hmac
 import http.client
 import http.server
-import importlib.util
 import itertools
 import json
 import logging
@@ -42,12 +39,13 @@ import shlex
 import signal
 import socket
 import ssl
-import stat
 import sys
 import threading
 import time
 import types
-import urllib.parse
+from contextlib import AbstractContextManager, suppress
+from time import monotonic
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 __version__ = "2.1.0"
 
@@ -66,6 +64,11 @@ class IdpotError(Exception):
     status = 500
     header = ""     # a header line that belongs to the status
     detail = ""     # of what concerns the whole database: the log's words for it
+    exit_code = 1
+
+    def __init__(self, text, **own):
+        super().__init__(text)
+        vars(self).update(own)
 
 
 class BadRequest(IdpotError):
@@ -104,10 +107,6 @@ class Unavailable(IdpotError):
     status = 503
     header = "Retry-After: 1\r\n"
 
-    def __init__(self, text, detail=""):
-        super().__init__(text)
-        self.detail = detail
-
 
 class Retry(Unavailable):
     """Trying again, on a new connection or a moment later, may help."""
@@ -118,22 +117,12 @@ class Broken(Unavailable):
     header = ""
 
 
-class HttpError(IdpotError):
-    """The form of the request is refused; its status says why (RFC 9110, 15.5, 15.6; RFC 6585)."""
-
-    def __init__(self, status, text, header=""):
-        super().__init__(text)
-        self.status = status
-        self.header = header
-
-
 class WentBack(IdpotError):
     """Client: the server answered an ID that is not greater than one that it gave before."""
 
 
 class StartError(IdpotError):
     """The server cannot start."""
-    exit_code = 1
 
 
 class SettingsError(StartError, argparse.ArgumentTypeError):
@@ -146,13 +135,11 @@ class SettingsError(StartError, argparse.ArgumentTypeError):
 def shown(value):
     """The value in double quotes, cut and escaped, fit for a line of an answer or of the log."""
     text = ascii(value[:100])[1:-1].replace('"', r'\"')
-    more = "..." if len(value) > 100 else ""
-    return f'"{text}{more}"'
+    return f'"{text}..."' if len(value) > 100 else f'"{text}"'
 
 
 def whole_number(text, low, high, name=""):
-    """The number that the text is in plain decimal digits; BadRequest, which begins with the name,
-    if it is not one of low..high."""
+    """The number that the text is in plain digits; raises BadRequest if it is not in low..high."""
     if re.fullmatch("[0-9]{1,20}", text) and low <= int(text) <= high:
         return int(text)
     what = f"{name} {shown(text)}".strip()
@@ -191,7 +178,6 @@ def parse_dsn(text):
     """What a DSN of go-sql-driver/mysql says: user, password, database, tls, `addresses` as
     parse_dsn_address() gives them, and `ignored`, the names of other parameters.
 
-    The last / ends the address, the last @ before it the credentials, the first : in them the user.
     Raises SettingsError, which never shows the password.
     """
     left, slash, right = text.rpartition("/")
@@ -200,21 +186,16 @@ def parse_dsn(text):
     database, _, query = right.partition("?")
     if not slash or not database:
         raise SettingsError("there is no database name after a last /")
-    try:
-        addresses = parse_dsn_address(address)
-    except SettingsError:
-        if not at:      # what stands there may be the password
-            raise SettingsError("there is no @ before an address, such as tcp(host:port)")
-        raise
-    names = [pair.partition("=")[0] for pair in query.split("&") if "=" in pair]
-    values = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    if not at and not re.match(r"(tcp[46]?|unix)?(\(|$)", left):     # it may be the password
+        raise SettingsError("there is no @ before an address, such as tcp(host:port)")
+    values = dict(parse_qsl(query, keep_blank_values=True))
     return {
         "user": user,
         "password": password,
-        "database": urllib.parse.unquote(database),
-        "addresses": addresses,
-        "tls": tls_mode(values.get("tls", "preferred")),
-        "ignored": [name for name in names if name != "tls"],
+        "database": unquote(database),
+        "addresses": parse_dsn_address(address),
+        "tls": tls_mode(values.pop("tls", "preferred")),
+        "ignored": ", ".join(values),       # the others
     }
 
 
@@ -269,43 +250,36 @@ SETTINGS = {    # section -> name -> (default as the file writes it, converter)
 
 
 class SettingsReader(configparser.RawConfigParser):
-    """The stock reader for the format of gcfg, which go-idpot used: sections and names in any
-    letter case, comments behind them."""
+    """The stock reader for the format of gcfg, which go-idpot used: names in any letter case."""
     SECTCRE = re.compile(r"\[\s*(?P<header>[^]\s][^]]*?)\s*\]\s*(?:[;#].*)?$")
 
     def __init__(self, path):
         super().__init__(delimiters="=", comment_prefixes=(";", "#"), default_section="")
         with open(path, encoding="utf-8-sig") as file:
-            # Without their indentation lines do not continue others.
-            lines = (line.strip() for line in file)
-            named = (line.title() if line[:1] == "[" else line for line in lines)
-            self.read_file(named, path)
+            lines = map(str.strip, file)        # an indented one would continue another
+            self.read_file((line.title() if line[:1] == "[" else line for line in lines), path)
 
 
 QUOTED = r'"(?:[^"\\]|\\.)*"'
 VALUE = re.compile(rf'((?:{QUOTED}|[^"\\;#])*)(?:[;#].*)?')     # and a comment behind it
 
 
-def unquote(text):
+def setting_value(text):
     """The value that stands in a file, bare or in double quotes, where its escapes are JSON's."""
     match = VALUE.fullmatch(text)
     if not match:
         raise SettingsError("a double quote is not closed, or a backslash stands outside of quotes")
     try:
-        return re.sub(
-            QUOTED, lambda quoted: json.loads(quoted[0], strict=False), match[1].strip())
+        return re.sub(QUOTED, lambda quoted: json.loads(quoted[0], strict=False), match[1].strip())
     except json.JSONDecodeError:
         raise SettingsError(r'a backslash stands before none of \ " n t')
 
 
 def load_settings(path=None):
     """The settings of the file, or the defaults: each name in lower case, and `store`, the class of
-    the stores, `dsn` and `path`. An empty value means the default.
-
-    Raises SettingsError with file, section and name.
-    """
+    the stores, and `dsn`. An empty value means the default. Raises SettingsError."""
     try:
-        reader = SettingsReader(path) if path else configparser.RawConfigParser()
+        reader = SettingsReader(path or os.devnull)
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: {getattr(error, 'strerror', None) or error}")
     except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
@@ -317,14 +291,14 @@ def load_settings(path=None):
     for section in given:
         if section not in SETTINGS:
             raise SettingsError(f"{path}: unknown section [{section}]")
-    if "Mysql" in given and "Sqlite" in given:
+    if {"Mysql", "Sqlite"} <= set(given):
         raise SettingsError(f"{path}: [Mysql] and [Sqlite] are both given: keep one")
     values = {}
     for section, rows in SETTINGS.items():
         texts = dict(reader[section]) if section in given else {}
         for name, (default, convert) in rows.items():
             try:
-                text = unquote(texts.pop(name.lower(), "")) or default
+                text = setting_value(texts.pop(name.lower(), "")) or default
                 values[name.lower()] = convert(text)
             except IdpotError as error:
                 raise SettingsError(f"{path}: [{section}] {name}: {error}")
@@ -337,245 +311,11 @@ def load_settings(path=None):
         "addresses": {"{hostname}:{port}".format(**values): {
             "host": values["hostname"], "port": values["port"]}},
         "tls": "preferred",
-        "ignored": [],
+        "ignored": "",
     }
     values["admintoken"] = values["admintoken"] or values["token"]
     store = MysqlStore if "Mysql" in given else SqliteStore
-    return types.SimpleNamespace(**values, path=path, dsn=dsn, store=store)
-
-
-# -------------------------------------------------------------------------------------------- logs
-#
-# Whatever is to be logged is added to the Writer, whose thread alone writes: neither IDs nor a stop
-# wait for a full pipe or a hung disk.
-
-class StrftimeFileHandler(logging.Handler):
-    """Appends to the file that a strftime pattern names now, with a symlink to the newest.
-
-    A file that was moved away is made anew. What cannot be written, or a link that cannot be set,
-    is told once and tried again each time.
-    """
-
-    def __init__(self, pattern, link="", clock=time.time):
-        super().__init__()
-        self.pattern = pattern
-        self.link = link
-        self.clock = clock
-        self.file = None        # its descriptor
-        self.torn = False       # whether the last line may be half one
-        self._point_link(self._open())
-
-    def _open(self):
-        """Opens the file of this moment, unless it is open; returns its path."""
-        path = time.strftime(self.pattern, time.localtime(self.clock()))
-        old = self.file
-        with contextlib.suppress(FileNotFoundError):
-            if old is not None and os.path.samestat(os.stat(path), os.fstat(old)):
-                return path
-        # A FIFO without a reader is an error, rather than a wait for one.
-        new = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o640)
-        os.set_blocking(new, True)      # what is read slowly would be lost
-        self.file = new
-        if old is not None:
-            os.close(old)
-        return path
-
-    def _point_link(self, path):
-        """Points the link to the file, atomically: it never misses."""
-        target = os.path.relpath(path, os.path.dirname(self.link) or ".")
-        if not self.link or os.path.islink(self.link) and os.readlink(self.link) == target:
-            return
-        if os.path.lexists(self.link) and not os.path.islink(self.link):
-            raise OSError(errno.EEXIST, "LogLinkName is there and is not a symlink", self.link)
-        new = f"{self.link}.{os.getpid()}"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(new)      # a crash may have left it
-        os.symlink(target, new)
-        os.replace(new, self.link)
-
-    def emit(self, record):
-        try:
-            path = self._open()
-            write_all(self.file, "\n" * self.torn + record.getMessage() + "\n")
-            self.torn = False
-            troubles.end("the access log")
-        except OSError as error:
-            self.torn = True
-            text = f"the access log cannot be written, its lines are lost: {error}"
-            troubles.begin("the access log", text, logging.ERROR)
-            return
-        try:
-            self._point_link(path)
-            troubles.end("LogLinkName")
-        except OSError as error:
-            troubles.begin("LogLinkName", f"LogLinkName cannot be set: {error}", logging.ERROR)
-
-
-def write_all(descriptor, text):
-    """Writes all of the text, as slowly as it is read; raises OSError."""
-    data = text.encode("ascii", "backslashreplace")
-    while data:
-        try:
-            data = data[os.write(descriptor, data):]
-        except BlockingIOError:     # a pipe that whoever shares it has made non-blocking
-            select.select([], [descriptor], [])
-
-
-class Troubles:
-    """What is wrong now: a trouble is logged when it begins and when it ends, not at each request.
-
-    What comes back soon, as conflicts in a cluster do, is told only if it lasts.
-    """
-    QUIET = 30.0        # seconds after a line in which no other trouble of the subject is told
-
-    def __init__(self):
-        self._lock = threading.Lock()   # guards both; end() looks before without it, for speed
-        self._now = {}                  # subject of a trouble -> whether that was told
-        self._quiet = {}                # subject -> until when nothing is told of it
-
-    def begin(self, subject, text, level=logging.WARNING):
-        """Notes that something is wrong with a subject; text is the line that tells it."""
-        with self._lock:
-            now = time.monotonic()
-            told = self._now.setdefault(subject, False)
-            if told or now < self._quiet.get(subject, now):
-                return
-            self._now[subject] = True
-            self._quiet[subject] = now + self.QUIET
-        log.log(level, "%s", " ".join(text.split()))
-
-    def end(self, subject):
-        if subject in self._now:
-            with self._lock:
-                told = self._now.pop(subject, False)
-            if told:
-                log.info("%s is well again", subject)
-
-
-troubles = Troubles()
-
-# Apache's way to write what could end a field or a line
-ESCAPES = {byte: f"\\x{byte:02x}" for byte in (*range(32), *range(127, 256))}
-ESCAPES.update({ord('"'): r'\"', ord("\\"): r"\\"})
-
-
-def escaped(data):
-    """The bytes as text that fits between the quotes of an access line."""
-    return data.decode("latin-1").translate(ESCAPES)
-
-
-def under_journald():
-    """Whether stderr is journald's (systemd.exec(5), JOURNAL_STREAM)."""
-    status = os.fstat(2)
-    # Else the variable was inherited from a parent whose stderr was another one.
-    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
-
-
-class Writer(logging.Handler):
-    """The thread that counts answers, and writes their lines and those of events.
-
-    An answer is (host, head, status, bytes sent, seconds). Where it is sent it is only noted: to
-    count it there and to make its line cost a tenth of the speed (wrk -c64, 32,400/s for 35,700/s).
-    """
-    LIMIT = 64 << 20        # bytes that wait; the lines of what comes then are lost: that is told
-    ENTRY = 200             # bytes that a line takes beside its text
-    PAUSE = 0.02            # seconds for more to gather
-    PRIORITIES = {logging.INFO: "<6>", logging.WARNING: "<4>", logging.ERROR: "<3>"}
-
-    def __init__(self, metrics, file=None):
-        super().__init__()
-        self._metrics = metrics
-        self._file = file       # the handler of the access lines, if they do not go to stderr
-        self._journald = under_journald()
-        if not self._journald:      # which has a time of its own
-            self.setFormatter(logging.Formatter(
-                "%(asctime)s idpot[%(process)d] %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        self._news = threading.Event()
-        # Without a lock: count() takes the answers one by one, and sets their size to 0 each time;
-        # a note at that moment may miss it, until the next.
-        self._answers = collections.deque()
-        self._noted = 0         # bytes of these
-        self._guard = threading.Lock()      # guards the next three; nobody writes while it is held
-        self._lines = []        # (whether it is an access line, line)
-        self._size = 0          # bytes of the lines, and of what is being written
-        self._lost = 0          # lines, since that was told
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def note(self, answer, size):
-        """Notes an answer that holds so many bytes of memory."""
-        if self._noted + self._size > self.LIMIT:
-            self._metrics.count_answers([answer])
-            with self._guard:
-                self._lost += 1
-            return
-        self._answers.append(answer)
-        self._noted += size
-        if not self._news.is_set():     # set() takes a lock
-            self._news.set()
-
-    def count(self):
-        """Counts the answers that were noted by now, and makes their lines."""
-        moment = time.strftime("%d/%b/%Y:%H:%M:%S %z")
-        with self._guard:
-            self._noted = 0
-            answers = [self._answers.popleft() for _ in range(len(self._answers))]
-            self._metrics.count_answers(answers)
-            for host, head, status, size, _ in answers:
-                request = f'{host} - - [{moment}] "{head.line}"'
-                self._add(True, "<6>", f'{request} {status} {size or "-"} {head.tail}')
-
-    def emit(self, record):
-        with self._guard:
-            priority = self.PRIORITIES.get(record.levelno, "<6>")
-            self._add(False, priority, self.format(record))
-        self._news.set()
-
-    def _add(self, is_access, priority, line):
-        """Adds a line if it may wait too. The guard is held."""
-        if self._journald and not (is_access and self._file):
-            line = priority + line.replace("\n", "\n" + priority)
-        if self._size + len(line) > self.LIMIT:
-            self._lost += 1
-        else:
-            self._lines.append((is_access, line))
-            self._size += len(line) + self.ENTRY
-
-    def _run(self):
-        while True:
-            self._news.wait()
-            self._news.clear()      # what is added from here on sets it again
-            try:
-                self._write()
-            except Exception:
-                log.exception("the writer of the logs")
-            time.sleep(self.PAUSE)
-
-    def _write(self):
-        self.count()
-        with self._guard:
-            waiting, self._lines = self._lines, []
-            lost, self._lost = self._lost, 0
-            size = self._size
-        try:
-            lines = [line for is_access, line in waiting if is_access and self._file]
-            events = [line for is_access, line in waiting if not (is_access and self._file)]
-            if lines:
-                self._file.emit(logging.makeLogRecord({"msg": "\n".join(lines)}))
-            if events:
-                write_all(2, "\n".join(events) + "\n")
-        except OSError:         # nobody reads stderr any more
-            pass
-        finally:
-            with self._guard:
-                self._size -= size
-        if lost:
-            log.error("%d lines of the logs were lost: what waited was not read", lost)
-
-    def flush(self):
-        """Waits until all is written, for half a second at most."""
-        deadline = time.monotonic() + 0.5
-        while (self._answers or self._size) and time.monotonic() < deadline:
-            time.sleep(0.005)
+    return types.SimpleNamespace(**values, dsn=dsn, store=store)
 
 
 # ----------------------------------------------------------------------------------------- metrics
@@ -602,46 +342,38 @@ METRICS = {     # name -> (type, help)
 class Metrics:
     """What /metrics tells, counted since the start."""
     BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+    COUNTED = ("idpot_ids_issued_total", "idpot_db_statements_total", "idpot_db_seconds_total",
+               "idpot_db_retries_total", "idpot_http_request_duration_seconds_sum")
 
     def __init__(self):
-        self._lock = threading.Lock()       # guards the next three
-        self._counters = collections.Counter()      # series, a name with its labels -> number
+        self._lock = threading.Lock()       # guards the next two
+        self._counters = collections.Counter(dict.fromkeys(self.COUNTED, 0))    # by series
         self._durations = [0] * (len(self.BUCKETS) + 1)     # requests by bucket; the last is above
-        self._seconds = 0.0                         # of all requests
-        for name in ("ids_issued", "db_statements", "db_seconds", "db_retries"):
-            self._counters[f"idpot_{name}_total"] = 0
         self._start = time.time()
 
     def add(self, series, amount=1):
         with self._lock:
             self._counters[series] += amount
 
-    def count_answers(self, answers):
+    def count(self, answers):
         """Counts answers, as the Writer has them."""
-        places = [bisect.bisect_left(self.BUCKETS, answer[4]) for answer in answers]
-        alike = collections.Counter([(answer[1], answer[2]) for answer in answers])
         with self._lock:
-            for place in places:
-                self._durations[place] += 1
-            self._seconds += sum([answer[4] for answer in answers])
-            for (head, status), count in alike.items():
-                method = head.method if head.method in ("GET", "HEAD", "POST") else "other"
-                labels = f'route="{head.route}",method="{method}",code="{status}"'
-                self._counters[f"idpot_http_requests_total{{{labels}}}"] += count
+            for _, head, status, _, seconds in answers:
+                self._counters[f'idpot_http_requests_total{{{head.labels},code="{status}"}}'] += 1
+                self._counters["idpot_http_request_duration_seconds_sum"] += seconds
+                self._durations[bisect.bisect_left(self.BUCKETS, seconds)] += 1
 
     def text(self, gauges):
         """The Prometheus text format, version 0.0.4; gauges: further series and their values."""
-        python = sys.version.split()[0]
         histogram = "idpot_http_request_duration_seconds"
         with self._lock:
             series = {**self._counters, **gauges}
             within = list(itertools.accumulate(self._durations))
-            series[f"{histogram}_sum"] = self._seconds
         for limit, count in zip([*self.BUCKETS, "+Inf"], within):
             series[f'{histogram}_bucket{{le="{limit}"}}'] = count
         series[f"{histogram}_count"] = within[-1]
-        series[f'idpot_build_info{{version="{__version__}",python="{python}"}}'] = 1
-        with contextlib.suppress(OSError):      # /proc is hidden, or no descriptor is left
+        series[f'idpot_build_info{{version="{__version__}",python="{sys.version.split()[0]}"}}'] = 1
+        with suppress(OSError):      # /proc is hidden, or no descriptor is left
             with open("/proc/self/statm") as file:
                 pages = int(file.read().split()[1])
             series["process_open_fds"] = len(os.listdir("/proc/self/fd"))
@@ -657,18 +389,225 @@ class Metrics:
         return "\n".join([*lines, ""])
 
 
+metrics = Metrics()
+
+
+# -------------------------------------------------------------------------------------------- logs
+# Whatever is to be logged is added to the Writer, whose thread alone writes: neither IDs nor a stop
+# wait for a full pipe or a hung disk.
+
+class StrftimeFileHandler(logging.Handler):
+    """Appends to the file that a strftime pattern names now, with a symlink to the newest.
+
+    A file that was moved away is made anew. What cannot be written, or a link that cannot be set,
+    is told once and tried again each time.
+    """
+
+    def __init__(self, pattern, link="", clock=time.time):
+        super().__init__()
+        self.pattern = pattern
+        self.link = link
+        self.clock = clock
+        self.file = None        # its descriptor
+        self.torn = False       # whether the last line may be half one
+        self._point_link(self._open())
+
+    def _open(self):
+        """Opens the file of this moment, unless it is open; returns its path."""
+        path = time.strftime(self.pattern, time.localtime(self.clock()))
+        old = self.file
+        with suppress(FileNotFoundError):
+            if old and os.path.samestat(os.stat(path), os.fstat(old)):
+                return path
+        # A FIFO without a reader is an error, not a wait; one that is read slowly loses nothing.
+        new = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o640)
+        os.set_blocking(new, True)
+        self.file = new
+        if old:
+            os.close(old)
+        return path
+
+    def _point_link(self, path):
+        """Points the link to the file, atomically: it never misses."""
+        if not self.link:
+            return
+        target = os.path.relpath(path, os.path.dirname(self.link) or ".")
+        if os.path.islink(self.link):
+            if os.readlink(self.link) == target:
+                return
+        elif os.path.exists(self.link):
+            raise OSError(errno.EEXIST, "LogLinkName is there and is not a symlink", self.link)
+        new = f"{self.link}.{os.getpid()}"
+        with suppress(FileNotFoundError):
+            os.unlink(new)      # a crash may have left it
+        os.symlink(target, new)
+        os.replace(new, self.link)
+
+    def emit(self, record):
+        subject, trouble = "the access log", "cannot be written, its lines are lost"
+        try:
+            path = self._open()
+            torn, self.torn = self.torn, True
+            write_all(self.file, "\n" * torn + record.getMessage() + "\n")
+            self.torn = False
+            troubles.end(subject)
+            subject, trouble = "LogLinkName", "cannot be set"
+            self._point_link(path)
+            troubles.end(subject)
+        except OSError as error:
+            troubles.begin(subject, f"{subject} {trouble}: {error}", logging.ERROR)
+
+
+def write_all(descriptor, text):
+    """Writes all of the text, as slowly as it is read; raises OSError."""
+    data = text.encode("ascii", "backslashreplace")
+    while data:
+        try:
+            data = data[os.write(descriptor, data):]
+        except BlockingIOError:     # a pipe that whoever shares it has made non-blocking
+            time.sleep(0.01)
+
+
+class Troubles:
+    """What is wrong now: a trouble is logged when it begins and when it ends, not at each request.
+
+    What comes back soon, as conflicts in a cluster do, is told only if it lasts.
+    """
+    QUIET = 30.0        # seconds after a line in which no other trouble of the subject is told
+
+    def __init__(self):
+        self._lock = threading.Lock()   # guards both; end() looks before without it, for speed
+        self._told = set()              # subjects of troubles that last
+        self._quiet = {}                # subject -> until when nothing is told of it
+
+    def begin(self, subject, text, level=logging.WARNING):
+        """Notes that something is wrong with a subject; text is the line that tells it."""
+        with self._lock:
+            now = monotonic()
+            if subject in self._told or now < self._quiet.get(subject, now):
+                return
+            self._told.add(subject)
+            self._quiet[subject] = now + self.QUIET
+        log.log(level, "%s", " ".join(text.split()))
+
+    def end(self, subject):
+        if subject in self._told:
+            with self._lock:
+                if subject in self._told:
+                    self._told.remove(subject)
+                    log.info("%s is well again", subject)
+
+
+troubles = Troubles()
+
+ESCAPES = {byte: f"\\x{byte:02x}" for byte in (*range(32), *range(127, 256))}
+ESCAPES.update({ord('"'): r'\"', ord("\\"): r"\\"})
+
+
+def escaped(data):
+    """The bytes as text between the quotes of an access line, escaped as Apache does it."""
+    return data.decode("latin-1").translate(ESCAPES)
+
+
+def under_journald():
+    """Whether stderr is journald's, and not only a parent's was (systemd.exec(5))."""
+    status = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+class Writer(logging.Handler):
+    """The thread that counts answers, and writes their lines and those of events.
+
+    An answer is (host, head, status, bytes sent, seconds). Where it is sent it is only noted: to
+    count it there, and to make its line there, cost a tenth of the speed (wrk -c64).
+    """
+    LIMIT = 64 << 20        # bytes that wait; what comes then is lost, which is told
+    ENTRY = 200             # bytes that a line takes beside its text
+    PAUSE = 0.02            # seconds for more to gather
+    PRIORITIES = {logging.INFO: "<6>", logging.WARNING: "<4>", logging.ERROR: "<3>"}
+
+    def __init__(self, file=None):
+        super().__init__()
+        self._file = file       # the handler of the access lines, if they do not go to stderr
+        self._journald = under_journald()
+        if not self._journald:      # which has a time of its own
+            self.setFormatter(logging.Formatter(
+                "%(asctime)s idpot[%(process)d] %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self._answers = collections.deque()
+        self.note = self._answers.append    # takes no lock
+        # The stock handler's lock, which emit() has, guards the next three; nobody writes under it.
+        self._lines = []        # (its file, None for stderr; line)
+        self._size = 0          # bytes of the lines, and of what is being written
+        self._lost = 0          # lines, since that was told
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def count(self):
+        """Counts the answers that were noted by now, and makes their lines."""
+        moment = time.strftime("%d/%b/%Y:%H:%M:%S %z")
+        with self.lock:
+            answers = [self._answers.popleft() for _ in range(len(self._answers))]
+            metrics.count(answers)
+            lines = [f'{host} - - [{moment}] "{head.line}" {status} {size or "-"} {head.tail}'
+                     for host, head, status, size, _ in answers]
+            if lines:
+                self._add(self._file, "<6>", "\n".join(lines))
+
+    def emit(self, record):
+        self._add(None, self.PRIORITIES[record.levelno], self.format(record))
+
+    def _add(self, file, priority, line):
+        """Adds lines, if they may wait too; the lock is held."""
+        if self._journald and not file:
+            line = priority + line.replace("\n", "\n" + priority)
+        if self._size + len(line) > self.LIMIT:
+            self._lost += line.count("\n") + 1
+        else:
+            self._lines.append((file, line))
+            self._size += len(line) + self.ENTRY
+
+    def _run(self):
+        while True:
+            try:
+                self._write()
+            except Exception:
+                log.exception("the writer of the logs")
+            time.sleep(self.PAUSE)
+
+    def _write(self):
+        self.count()
+        with self.lock:
+            waiting, self._lines = self._lines, []
+            lost, self._lost = self._lost, 0
+            size = self._size
+        try:
+            lines = [line for file, line in waiting if file]
+            events = [line for file, line in waiting if not file]
+            if lines:
+                self._file.emit(logging.makeLogRecord({"msg": "\n".join(lines)}))
+            if events:
+                write_all(2, "\n".join(events) + "\n")
+        except OSError:         # nobody reads stderr any more
+            pass
+        finally:
+            with self.lock:
+                self._size -= size
+        if lost:
+            log.error("%d lines of the logs were lost: what waited was not read", lost)
+
+    def flush(self):
+        """Waits until all is written, for half a second at most."""
+        deadline = monotonic() + 0.5
+        while (self._answers or self._size) and monotonic() < deadline:
+            time.sleep(0.005)
+
+
 # ------------------------------------------------------------------------------------------ stores
-#
 # A store keeps the pots; one thread, its worker, uses it. take(pot, count, floor) adds count to the
-# counter, or to floor where the counter is below it, durably as far as the engine goes, and returns
-# the new value, which ends the range taken; floor is what the pot must not go below: the highest
-# number that this server gave or told of it. current, create and raise_to return the counter,
-# pots() a list of (pot, counter). connect() sees to a connection, without which `connected` is
-# False; check() is for /healthz. They raise NotFound, Exists, Exhausted, Broken, Unavailable, and
-# Retry where the same call may help.
-#
-# start() raises StartError where waiting cannot help; where it can, it does not fail. probe() does
-# what --check promises. Both return a description.
+# counter, or to floor where that is higher, and returns the new value, which ends the range taken;
+# floor is the highest number that this server gave or told of the pot. current, create and raise_to
+# return the counter, pots() a list of (pot, counter). connect() sees to a connection; check() is
+# for /healthz. They raise NotFound, Exists, Exhausted, Broken, Unavailable, or Retry where the same
+# call may help. start() fails only where waiting cannot help; probe() does what --check promises.
 
 class SqliteStore:
     """One SQLite file that this process locks; WAL with synchronous=FULL survives a power cut.
@@ -678,13 +617,13 @@ class SqliteStore:
     connected = True        # start() has opened the file, and it stays open
 
     @classmethod
-    def all(cls, settings, metrics):
-        return [cls(settings, metrics)]
+    def all(cls, settings):
+        return [cls(settings)]
 
-    def __init__(self, settings, metrics):
+    def __init__(self, settings):
         self._path = settings.file
         self._what = f"SQLite {settings.file}"
-        self._metrics = metrics
+        self._place = f"SQLite file {shown(settings.file)}"
         import sqlite3      # only where it is used: 1 MB
         self._sqlite = sqlite3
 
@@ -701,13 +640,13 @@ class SqliteStore:
             self._db.execute("BEGIN IMMEDIATE").execute("COMMIT")
         except self._sqlite.Error as error:
             reason = "another process uses it" if "locked" in str(error) else error
-            raise StartError(f"SQLite file {shown(self._path)}: {reason}")
+            raise StartError(f"{self._place}: {reason}")
         if mode != "wal":
-            raise StartError(f"SQLite file {shown(self._path)} does not take the WAL journal")
+            raise StartError(f"{self._place} does not take the WAL journal")
         return self._what
 
     def probe(self):
-        check_place(f"SQLite file {shown(self._path)}", self._path)     # SQLite itself would write
+        check_place(self._place, self._path)        # SQLite itself would write
         return f"{self._what} can be written"
 
     def connect(self):
@@ -723,11 +662,11 @@ class SqliteStore:
             troubles.end(self._what)    # a full disk can be read
             return cursor.rowcount
         except self._sqlite.Error as error:
-            self._metrics.add('idpot_db_errors_total{errno="other"}')
+            metrics.add('idpot_db_errors_total{errno="other"}')
             troubles.begin(self._what, f"{self._what}: {error}")
             raise Unavailable(f"SQLite: {error}")
         finally:
-            self._metrics.add("idpot_db_seconds_total", time.perf_counter() - start)
+            metrics.add("idpot_db_seconds_total", time.perf_counter() - start)
 
     def take(self, pot, count, floor):
         # Nobody else can write, since the file is locked: the counter is at the floor, unless an
@@ -738,7 +677,7 @@ class SqliteStore:
             if last > MAX_ID:
                 raise Exhausted(f"pot {shown(pot)} is exhausted: fewer than {count} IDs are left")
             if self._execute("UPDATE pot SET id = ? WHERE name = ? AND id = ?",
-                             self._signed(last), pot, self._signed(current)) == 1:
+                             self._signed(last), pot, self._signed(current)):
                 return last
             current = self.current(pot)
 
@@ -753,8 +692,8 @@ class SqliteStore:
         return value - 2**64 if value >> 63 else value
 
     def create(self, pot, low):
-        if self._execute("INSERT OR IGNORE INTO pot (name, id) VALUES (?, ?)",
-                         pot, self._signed(low)) != 1:
+        if not self._execute("INSERT OR IGNORE INTO pot (name, id) VALUES (?, ?)",
+                             pot, self._signed(low)):
             raise Exists(f"pot {shown(pot)} exists")
         return low
 
@@ -775,8 +714,8 @@ class SqliteStore:
 
 
 CANNOT = "the database cannot serve this now"
-# Errors of MySQL that last: rights and names that somebody must mend. Others are tried again.
-LASTING = frozenset((1044, 1045, 1049, 1142, 1143, 1227, 1286, 1698, 2061))
+# Errors that last: rights and names that somebody must mend. Others are tried again.
+LASTING = {1044, 1045, 1049, 1142, 1143, 1227, 1286, 1698, 2061}
 ONE_POT = {     # errors of one pot, after which the connection stays sound
     1054: (Broken, "the table of pot {} has no column id"),
     1062: (Exists, "pot {} exists"),
@@ -787,6 +726,11 @@ ONE_POT = {     # errors of one pot, after which the connection stays sound
         (1264, 1292, 1690, 3819, 4025),
         (Exhausted, "pot {} is exhausted: its table holds no greater number")),
 }
+# For accounts that read_only does not bind; as text: from MariaDB 12 on it is an enumeration. A log
+# of statements would call it unsafe.
+WRITABLE = " AND CAST(@@global.read_only AS CHAR) IN ('0', 'OFF')"
+ENGINE_OF = ("(SELECT engine FROM information_schema.tables "
+             "WHERE table_schema = DATABASE() AND table_name = 'pot_{}')")
 BELIEVED = 1.0          # seconds for which a server is taken to be as it was seen
 SHUNNED = 60.0          # seconds for which an address that did not answer is tried last
 
@@ -800,29 +744,25 @@ def execute(connection, statement):
 class MysqlServers:
     """The addresses where the database is, which of them is used, and whether it may issue IDs."""
 
-    def __init__(self, settings, metrics):
+    def __init__(self, settings):
         try:
             import mysql.connector      # only where it is configured
         except ImportError:
             folder = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
-            install = f"python3 -m pip install --target={folder} 'mysql-connector-python>=9.2'"
-            if not importlib.util.find_spec("pip"):
-                install = f"apt-get install -y --no-install-recommends python3-pip && {install}"
-            raise StartError(f"[Mysql] needs mysql-connector-python: {install}")
+            raise StartError("[Mysql] needs mysql-connector-python: python3 -m pip install "
+                             f"--target={folder} 'mysql-connector-python>=9.2'")
         self.driver = mysql.connector
         self.engine = settings.engine
         self.chosen = None      # the address connected to last: no connection elsewhere is used
         self.cluster = ""       # the kind of cluster that the servers are, if any
-        self.writable = ""      # SQL by which a statement sees that its server is not read-only
+        self.writable = ""      # WRITABLE, where statements may ask that
         self.ignored = settings.dsn["ignored"]     # names of parameters
         self._addresses = settings.dsn["addresses"]
         self._tls = settings.dsn["tls"]
-        self._metrics = metrics
         self._group = ""        # name of the replication group, once a server told one
         self._silent = {}       # address -> when it did not answer in time
-        # Of the time that a request may wait, half is for the first server to answer. To connect is
-        # given half of that, at most 3 seconds, since other addresses may have to be tried. The
-        # driver takes whole seconds, and 0 as no limit.
+        # The first server has Timeout / 2; to connect to it Timeout / 4, at most 3 s, since there
+        # may be others to try. The driver takes whole seconds, and 0 as no limit.
         half = settings.timeout / 2
         self._patience = math.ceil(min(3, half / 2))
         self.lock_wait = max(1, math.ceil(half) - 1)    # the server tells of a lock, in its time
@@ -840,9 +780,8 @@ class MysqlServers:
         }
         if self._tls == "true":
             paths = ssl.get_default_verify_paths()
-            self._arguments["ssl_verify_cert"] = True
-            self._arguments["ssl_verify_identity"] = True
-            self._arguments["ssl_ca"] = paths.cafile or paths.openssl_cafile
+            self._arguments.update(ssl_verify_cert=True, ssl_verify_identity=True,
+                                   ssl_ca=paths.cafile or paths.openssl_cafile)
         self.subject = f"MySQL {','.join(self._addresses)}"        # of troubles
         self.what = f"{self.subject}/{settings.dsn['database']}, {self.engine}"
 
@@ -854,52 +793,42 @@ class MysqlServers:
         """
         found = {}
         for address in sorted(self._addresses, key=self._is_shunned):
-            start = time.monotonic()
+            start = monotonic()
             try:
                 connection = self._open(address)
                 self.chosen = address
                 return connection, address
             except self.driver.Error as error:
-                self.shun(address, error, start)
-                found[address] = self.translated(error)
+                found[address] = self.note_error(error, address, start)
             except Unavailable as error:
                 found[address] = error
         errors = [found[address] for address in self._addresses]
-        lasts = all(isinstance(error, Broken) for error in errors)
-        own = [f"{address}: {found[address].detail or found[address]}"
-               for address in self._addresses]
-        detail = "; ".join(own) if len(own) > 1 else errors[0].detail
-        kind = Broken if lasts else Retry
-        text = str(errors[0])
-        raise kind(text, detail or text)
+        told = [error.detail or str(error) for error in errors]
+        if len(told) > 1:
+            told = map(": ".join, zip(self._addresses, told))
+        kind = Broken if all(isinstance(error, Broken) for error in errors) else Retry
+        raise kind(str(errors[0]), detail=f"{self.subject}: {'; '.join(told)}")
 
     def _is_shunned(self, address):
-        return self._silent.get(address, -math.inf) > time.monotonic() - SHUNNED
+        return self._silent.get(address, -math.inf) > monotonic() - SHUNNED
 
-    def shun(self, address, error, start):
-        """Notes an address that did not answer in the time that it had; returns whether it did not.
+    def note_error(self, error, address, start):
+        """The IdpotError for an error of the driver, after a call that was begun at start.
 
-        The server's own errors are answers: a row lock (1205) says nothing of its address. Those of
-        the driver are 2000 to 2999, and 3024 in its pure form.
+        An address that did not answer in the time that it had is noted. The server's own errors
+        are answers: a row lock (1205) says nothing of its address.
         """
-        no_answer = 2000 <= error.errno < 3000 or error.errno == 3024
-        silent = no_answer and time.monotonic() - start > 0.9 * self._patience
+        number = error.errno
+        silent = 2000 <= number <= 3024 and monotonic() > start + 0.9 * self._patience
         if silent:
-            self._silent[address] = time.monotonic()
-        return silent
-
-    def translated(self, error, pot=""):
-        """The IdpotError for an error of the driver; without a pot none is one pot's."""
-        if pot and error.errno in ONE_POT:
-            kind, text = ONE_POT[error.errno]
-            return kind(text.format(shown(pot)))
-        self._metrics.add(f'idpot_db_errors_total{{errno="{error.errno}"}}')
+            self._silent[address] = monotonic()
+        metrics.add(f'idpot_db_errors_total{{errno="{number}"}}')
         detail = " ".join(str(error).split())
         # What the two forms of the driver say to caching_sha2_password without TLS.
-        if error.errno == (2061 if self.driver.HAVE_CEXT else 1045):
+        if number == (2061 if self.driver.HAVE_CEXT else 1045):
             detail += "; it may need TLS on the server, or its socket: unix(/path)"
-        kind = Broken if error.errno in LASTING else Retry
-        return kind(f"{CANNOT} (error {error.errno})", detail)
+        kind = Broken if number in LASTING else Retry
+        return kind(f"{CANNOT} (error {number})", detail=detail, silent=silent)
 
     def _open(self, address):
         connection = self.driver.connect(**self._arguments, **self._addresses[address])
@@ -909,15 +838,13 @@ class MysqlServers:
                 f"SET SESSION autocommit=1, lock_wait_timeout={self.lock_wait}, "
                 f"innodb_lock_wait_timeout={self.lock_wait}, sql_safe_updates=0, "
                 "sql_mode='STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'")
-            if self._tls == "skip-verify":
-                if not execute(connection, "SHOW STATUS LIKE 'Ssl_cipher'")[0][1]:
-                    raise Retry(f"{CANNOT}: its server offers no TLS")
+            if self._tls == "skip-verify" and not execute(
+                    connection, "SHOW STATUS LIKE 'Ssl_cipher'")[0][1]:
+                raise Retry(f"{CANNOT}: its server offers no TLS")
             self.check(connection, address)
-            engines = execute(connection, "SHOW ENGINES")
-            known = [name.lower() for name, support, *_ in engines if support in ("YES", "DEFAULT")]
-            if self.engine.lower() not in known:
-                text = f"Engine: the server has no storage engine {shown(self.engine)}"
-                raise Broken(text, text)
+            if not execute(connection, "SELECT 1 FROM information_schema.engines WHERE support IN "
+                                       f"('YES', 'DEFAULT') AND engine = '{self.engine}'"):
+                raise Broken(f"Engine: the server has no storage engine {shown(self.engine)}")
             return connection
         except (self.driver.Error, Unavailable):
             connection.close()
@@ -947,29 +874,24 @@ class MysqlServers:
             # One that donates its state may be locked; it is used where no other address can be.
             donates = node["wsrep_local_state"] != "4" and len(self._addresses) > 1
             if donates and not self._is_shunned(address):
-                self._silent[address] = time.monotonic()
+                self._silent[address] = monotonic()
                 raise Retry(f"{CANNOT}: the Galera node is not synced")
         if state.get("read_only", "OFF") not in ("OFF", "0"):
             raise Retry(f"{CANNOT}: it is read-only (error 1290)")
         self.cluster = cluster
-        # read_only does not bind all accounts. A log of statements would call this one unsafe.
-        asks = state.get("binlog_format") != "STATEMENT"
-        # Not NOT: from MariaDB 12 on it is an enumeration, of which a strict server takes no truth.
-        test = " AND CAST(@@global.read_only AS CHAR) IN ('0', 'OFF')"
-        self.writable = test if asks else ""
+        self.writable = "" if state.get("binlog_format") == "STATEMENT" else WRITABLE
         if cluster and self.engine.lower() != "innodb":     # each node would count for itself
-            text = f"Engine: {cluster} replicates InnoDB only, not {self.engine}"
-            raise Broken(text, text)
+            raise Broken(f"Engine: {cluster} replicates InnoDB only, not {self.engine}")
 
     def _check_group(self, connection):
         """MySQL Group Replication: a server outside its group, or cut off, stays writable."""
         [[own, unreachable, members]] = execute(
             connection, "SELECT MAX(IF(member_id = @@server_uuid, "
-                        "CONCAT(member_state, ' ', member_role), '')), "
+                        "CONCAT_WS(' ', member_state, NULLIF(member_role, '')), '')), "
                         "SUM(member_state = 'UNREACHABLE'), COUNT(*) "
                         "FROM performance_schema.replication_group_members")
         if own != "ONLINE PRIMARY":
-            own = (own or "no member").strip()
+            own = own or "no member"
             raise Retry(f"{CANNOT}: its server is {own} in the replication group")
         # Its own word for it comes 5 to 6 seconds late; then a statement hangs until its timeout.
         if 2 * unreachable >= members:
@@ -984,13 +906,12 @@ class MysqlStore:
     ones read while anybody holds a read view; and two nodes of a cluster cannot both make the row.
     """
     @classmethod
-    def all(cls, settings, metrics):
-        servers = MysqlServers(settings, metrics)
-        return [cls(servers, metrics) for _ in range(settings.connections)]
+    def all(cls, settings):
+        servers = MysqlServers(settings)
+        return [cls(servers) for _ in range(settings.connections)]
 
-    def __init__(self, servers, metrics):
+    def __init__(self, servers):
         self._servers = servers
-        self._metrics = metrics
         self._connection = None
         self._address = None
         self._checked = 0.0     # when the server was seen to be able to issue IDs
@@ -1004,12 +925,9 @@ class MysqlStore:
         try:
             self._open()
         except Retry as error:      # it may come later
-            self._tell(error)
-        except Broken as error:
-            raise StartError(f"{self._subject}: {error.detail or error}")
+            troubles.begin(self._subject, error.detail)
         if self._servers.ignored:
-            log.warning("ConnectString: these parameters are ignored: %s",
-                        ", ".join(self._servers.ignored))
+            log.warning("ConnectString: these parameters are ignored: %s", self._servers.ignored)
         engine = self._servers.engine
         if engine.lower() not in ("innodb", "aria", "rocksdb"):
             log.warning("Engine %s does not survive a power cut: IDs of the last half minute may "
@@ -1017,30 +935,25 @@ class MysqlStore:
         return self._servers.what
 
     def probe(self):
-        try:
-            self._open()
-        except Unavailable as error:
-            raise StartError(f"{self._subject}: {error.detail or error}")
+        self._open()
         return f"{self._servers.what} is reached"
 
     def _open(self):
-        now = time.monotonic()
+        now = monotonic()
         self._connection, self._address = self._servers.connect()
         self._checked = now
 
     def connect(self):
-        """Sees to a connection whose server could issue IDs within the last second; raises Retry or
-        Broken."""
-        if self._connection and self._address != self._servers.chosen:
+        """Sees to a connection where IDs could be issued a second ago; raises Retry or Broken."""
+        if self._address != self._servers.chosen:
             self.close()
-        if self._connection:
-            self._check()
-        else:
+        if not self._connection:
             self._guarded("", self._open)
+        self._check()
 
     def _check(self):
         """Asks the server again, where its last answer is a second old; raises Retry or Broken."""
-        now = time.monotonic()
+        now = monotonic()
         if now > self._checked + BELIEVED:
             self._guarded("", self._servers.check, self._connection, self._address)
             self._checked = now
@@ -1050,42 +963,40 @@ class MysqlStore:
 
         The driver's errors become ours, and all but those of one pot end the connection.
         """
-        start = time.monotonic()
+        start = monotonic()
         sound = False       # after any surprise a reply could be that of another statement
         try:
             value = function(*arguments)
             sound = True
             return value
         except self._servers.driver.Error as error:
-            sound = pot and error.errno in ONE_POT
-            if self._servers.shun(self._address, error, start):
-                self._servers.chosen = None     # all connections there would hang
-            trouble = self._servers.translated(error, pot)
-            if not sound:
-                self._tell(trouble)
+            if pot and error.errno in ONE_POT:
+                sound = True
+                kind, text = ONE_POT[error.errno]
+                raise kind(text.format(shown(pot))) from error
+            trouble = self._servers.note_error(error, self._address, start)
+            if trouble.silent:
+                self._servers.chosen = None     # the other connections there would hang, too
+            troubles.begin(self._subject, f"{self._subject}: {trouble.detail}")
             raise trouble from error
         except Unavailable as error:
-            self._tell(error)
+            error.detail = error.detail or f"{self._subject}: {error}"
+            troubles.begin(self._subject, error.detail)
             raise
         finally:
-            self._metrics.add("idpot_db_seconds_total", time.monotonic() - start)
+            metrics.add("idpot_db_seconds_total", monotonic() - start)
             if not sound:
                 self.close()
 
-    def _tell(self, error):
-        troubles.begin(self._subject, f"{self._subject}: {error.detail or error}")
-
     def _run(self, pot, statement):
         self.connect()
-        value = self._guarded(pot, execute, self._connection, statement)
-        if statement.startswith("UPDATE"):      # a server that takes no writes can be read
-            troubles.end(self._subject)
-        return value
+        return self._guarded(pot, execute, self._connection, statement)
 
     def _update(self, pot, value):
         """Sets the counter to an SQL value; returns the argument of LAST_INSERT_ID in it, from the
         same reply, or 0 where that was not called."""
         done = self._run(pot, f"UPDATE `pot_{pot}` SET id = {value}")
+        troubles.end(self._subject)     # a server that takes no writes can be read
         # It may have waited there, while another server took over: then it does not count.
         if self._address != self._servers.chosen:
             self.close()
@@ -1096,37 +1007,25 @@ class MysqlStore:
         return done["insert_id"]
 
     def take(self, pot, count, floor):
-        # The statement of every day asks for a counter that is not below the floor.
         limit = MAX_ID - count
         asks = f"id BETWEEN {floor} AND {limit}{self._servers.writable}"
         last = self._update(pot, f"IF({asks}, LAST_INSERT_ID(id + {count}), id)")
-        # 0: LAST_INSERT_ID() was not called. It is no ID, since count is 1 at least.
-        return last or self._take_above(pot, count, floor, limit)
-
-    def _take_above(self, pot, count, floor, limit):
-        """As take(), for a counter that is below the floor or above the limit."""
-        self._checked = 0.0     # or the server has become read-only
+        if last:        # 0, which is no ID: the counter is not in that range, or the server is not
+            return last
+        self._checked = 0.0     # the server may have become read-only
         current = self.current(pot)
+        if max(current, floor) > limit:
+            raise Exhausted(f"pot {shown(pot)} is exhausted: fewer than {count} IDs are left")
         if current < floor:
             log.warning("the counter of pot %s was set back to %d, but %d was given: it goes on "
                         "above that", pot, current, floor)
-        if max(current, floor) > limit:
-            raise Exhausted(f"pot {shown(pot)} is exhausted: fewer than {count} IDs are left")
-        # MariaDB's GREATEST(id, 5) is signed and fails from 2**63 up: hence the CAST.
-        higher = f"GREATEST(id, CAST({floor} AS UNSIGNED))"
-        asks = f"id <= {limit}{self._servers.writable}"
-        last = self._update(pot, f"IF({asks}, LAST_INSERT_ID({higher} + {count}), id)")
-        if not last:
-            raise Retry(f"the counter of pot {shown(pot)} is being changed by others")
-        return last
+            self.raise_to(pot, floor)
+        raise Retry(f"the counter of pot {shown(pot)} was changed by others")
 
     def current(self, pot):
         self.connect()      # which finds out about the cluster
         cluster = self._servers.cluster
-        engine = "''"
-        if cluster:
-            engine = ("(SELECT engine FROM information_schema.tables WHERE "
-                      f"table_schema = DATABASE() AND table_name = 'pot_{pot}')")
+        engine = ENGINE_OF.format(pot) if cluster else "''"
         rows = self._run(pot, f"SELECT id, {engine} FROM `pot_{pot}` LIMIT 2")
         if len(rows) != 1:
             count = "several rows" if rows else "no row"
@@ -1151,44 +1050,44 @@ class MysqlStore:
                               f"WHERE NOT EXISTS (SELECT id FROM `pot_{pot}`)")
         if done["affected_rows"] != 1:
             raise Exists(f"pot {shown(pot)} exists")
-        with contextlib.suppress(Retry):        # the pot is made
-            return self.current(pot)    # raises Broken where its table would not count
+        with suppress(Retry):       # the pot is made
+            self.current(pot)       # raises Broken where its table would not count
         return low
 
     def raise_to(self, pot, low):
+        self._checked = 0.0     # the statement does not ask whether the server is read-only
         self.current(pot)       # raises Broken
-        value = self._update(pot, f"LAST_INSERT_ID(GREATEST(id, CAST({low} AS UNSIGNED)))")
-        if value < low:     # MariaDB, where the column is signed
-            raise Exhausted(f"pot {shown(pot)} is exhausted: its table holds no greater number")
-        return value
+        # MariaDB's GREATEST(id, 5) is signed and fails from 2**63 up: hence CAST.
+        higher = f"GREATEST(CAST(id AS UNSIGNED), CAST({low} AS UNSIGNED))"
+        return self._update(pot, f"LAST_INSERT_ID({higher})")
 
     def pots(self):
         tables = self._run(
-            "", "SELECT table_name FROM information_schema.tables WHERE table_schema = DATABASE() "
-                r"AND table_name LIKE 'pot\_%' AND engine IS NOT NULL")
+            "", "SELECT table_name FROM information_schema.tables "
+                "WHERE table_schema = DATABASE() AND engine IS NOT NULL")
         rows = []
         for table, in sorted(tables):
-            pot = table[4:]
-            if table[:4] == "pot_" and POT_NAME.fullmatch(pot):
+            match = re.fullmatch(f"pot_({POT_NAME.pattern})", table)
+            if match:
                 try:
-                    rows.append((pot, self.current(pot)))
+                    rows.append((match[1], self.current(match[1])))
                 except (NotFound, Broken) as error:
                     if error.detail:
                         raise
-                    rows.append((pot, "-"))
+                    rows.append((match[1], "-"))
         return rows
 
     def check(self, pot):
         """Raises Unavailable where no ID could be issued now; pot: the one used last, if any."""
         try:
             self._checked = 0.0
-            with contextlib.suppress(Retry):    # it may have been lost while nobody used it
+            with suppress(Retry):    # it may have been lost while nobody used it
                 self.connect()
             self.connect()
             if pot:     # takes the locks and needs the privilege, and changes nothing
-                self._run(pot, f"UPDATE `pot_{pot}` SET id = id")
+                self._update(pot, "id")
         except Retry as error:      # a probe is told soon
-            raise Unavailable(str(error), error.detail) from error
+            raise Unavailable(str(error), detail=error.detail) from error
         except (NotFound, Broken) as error:
             if error.detail:        # else it is that pot's alone
                 raise
@@ -1196,33 +1095,31 @@ class MysqlStore:
     def close(self):
         connection, self._connection = self._connection, None
         if connection:
-            with contextlib.suppress(self._servers.driver.Error):
+            with suppress(self._servers.driver.Error):
                 connection.close()
 
 
 # -------------------------------------------------------------------------------------- allocation
-#
-# Requests on one pot that wait together are served by ONE statement. A request becomes a Job;
-# submit() puts it into its pot's queue; a worker, a thread that owns one store for life, adds up
-# the counts of those in the queue, runs the statement, and hands each job its IDs in order of
-# arrival. While the statement runs, arrivals gather for the next one. A job stays in its queue
-# until it is answered: so what is to be tried again keeps its order.
+# Requests on one pot that wait together are served by ONE statement. A request becomes a Job in its
+# pot's queue; a worker, a thread that owns one store for life, adds up the counts of those there,
+# runs the statement, and hands each its IDs in order of arrival. A job stays in its queue until it
+# is answered: so what is to be tried again keeps its order.
 
 class Job:
-    """What a request wants of a pot: `count` IDs, or with count 0 what call(store, floor) returns.
+    """What a request wants: `count` IDs, or with count 0 what call(store, pot, floor) returns.
 
     answer(value, error) is called once: with the last of the IDs or what the call returned, or with
     an IdpotError, by the worker, or by expire() when `patience` seconds are over. The floor is the
     highest number given or told of the pot, 0 before the first; an int that is returned is told.
     """
-    trouble = None      # the last error after which it was to be tried again
+    trouble = Unavailable("the database did not answer in")     # or why it is to be tried again
 
     def __init__(self, answer, count=0, call=None, patience=10.0):
         self.answer = answer
         self.count = count
         self.call = call
         self.patience = patience
-        self.start = time.monotonic()
+        self.start = monotonic()
         self._answered = threading.Lock()   # taken for good by the thread that answers
 
     def finish(self, value=None, error=None):
@@ -1231,17 +1128,14 @@ class Job:
             self.answer(value, error)
 
     def expire(self):
-        """Answers that the time is over, and why."""
-        trouble = self.trouble
-        reason = f"{trouble}, tried for" if trouble else "the database did not answer in"
-        self.finish(error=Unavailable(f"{reason} {self.patience:g} seconds"))
+        kind = type(self.trouble)       # says whether it may help to ask again
+        self.finish(error=kind(f"{self.trouble} {self.patience:g} seconds"))
 
     def answered(self):
         return self._answered.locked()
 
 
-# Queues for what concerns no pot, with names that no pot can have.
-ALL_POTS = "all pots"
+ALL_POTS = "all pots"       # queues of what concerns no pot: no pot can have these names
 HEALTH = "health check"
 
 INTERNAL = IdpotError("internal error")
@@ -1253,10 +1147,9 @@ class Allocator:
     A pot has one worker at most, so a slow pot holds up no other while a worker is free.
     """
 
-    def __init__(self, stores, metrics, stuck=60.0):
+    def __init__(self, stores, stuck=60.0):
         self.stores = stores
         self.last_pot = ""      # for /healthz: that IDs were taken from last, or could not be
-        self._metrics = metrics
         self._stuck = stuck     # seconds after which a worker that is busy with one thing hangs
         self._threads = [threading.Thread(target=self._work, args=(store,), daemon=True)
                          for store in stores]
@@ -1267,7 +1160,7 @@ class Allocator:
         # (store, wakes) of the workers without work. The last is the next: the one used last, which
         # has a connection; those that have none are at the bottom.
         self._idle = []
-        self._busy = {}         # store -> since when its worker does what it does; it writes it
+        self._busy = {}         # store -> when its worker, which writes this, began what it does
         self._floors = {}       # pot -> highest number given or told; its worker writes it
 
     def start(self):
@@ -1275,7 +1168,7 @@ class Allocator:
             thread.start()
 
     def submit(self, pot, job):
-        """Queues a job; it is answered whatever happens, if somebody expires it in the end."""
+        """Queues a job; who does this is to expire it, if it is not answered in time."""
         with self._lock:
             if pot in self._queues:
                 self._queues[pot].append(job)
@@ -1286,7 +1179,7 @@ class Allocator:
 
     def alive(self):
         """Whether the workers live, and none has been busy with one thing for too long."""
-        oldest = time.monotonic() - self._stuck
+        oldest = monotonic() - self._stuck
         return (all(thread.is_alive() for thread in self._threads)
                 and all(since > oldest for since in list(self._busy.values())))
 
@@ -1296,36 +1189,30 @@ class Allocator:
         with self._lock:
             while self._idle:
                 self._wake_one()
-        deadline = time.monotonic() + patience
+        deadline = monotonic() + patience
         for thread in self._threads:
-            thread.join(max(0, deadline - time.monotonic()))
+            thread.join(max(0, deadline - monotonic()))
 
-    def list_pots(self, store, _):
+    def list_pots(self, store, *_):
         """(pot, current ID) of each, never less than was given; "-" for a table that holds none."""
         return [(pot, value if value == "-" else max(value, self._floors.get(pot, 0)))
                 for pot, value in store.pots()]
 
-    def check(self, store, _):
-        store.check(self.last_pot)
-
-    # The workers
-
     def _work(self, store):
         wakes = queue.SimpleQueue()
-        failures = 0        # in a row
+        failures = 0
         while not self._stopped.is_set():
             if self._go_idle(store, wakes):
                 self._busy.pop(store, None)
                 failures = 0
                 wakes.get()
                 continue
-            if failures:
-                # A random time, longer after more failures, at most a second.
-                longest = min(1.0, 0.02 * 2 ** min(failures, 10))
+            if failures:        # in a row: a random time, at most a second
+                longest = min(1.0, 0.02 * 2 ** failures)
                 self._stopped.wait(random.uniform(0, longest))
-            self._busy[store] = time.monotonic()
+            self._busy[store] = monotonic()
             done = self._serve_next(store)
-            failures = 0 if done else failures + 1
+            failures = 0 if done else min(failures + 1, 10)
         store.close()
 
     def _go_idle(self, store, wakes):
@@ -1335,7 +1222,7 @@ class Allocator:
             better = not store.connected and self._idle and self._idle[-1][0].connected
             if self._waiting and not better:
                 return False
-            if self._waiting:
+            for _ in self._waiting:
                 self._wake_one()
             self._idle.insert(len(self._idle) if store.connected else 0, (store, wakes))
             if self._stopped.is_set():      # stop() may not have met this one
@@ -1349,41 +1236,40 @@ class Allocator:
             wakes.put(None)
 
     def _serve_next(self, store):
-        """Connects, and serves the pot that has waited longest; returns whether that went well."""
-        pot = None
+        """Connects, and serves the pot that has waited longest; False: it is to be tried again."""
+        pots = []
         jobs = []
         try:
             store.connect()
-            with self._lock:
-                if self._waiting:
-                    pot = self._waiting.popleft()
-                    jobs = self._unanswered(pot)
-            self._serve(pot, jobs, store)
+            pots, jobs = self._next_pots(1)
+            if pots:
+                self._serve(pots[0], jobs, store)
             return True
         except Unavailable as error:
-            if not pot:     # no connection: that is what all pots wait for, for days perhaps
-                with self._lock:
-                    jobs = [job for one in self._waiting for job in self._unanswered(one)]
-                    done = {one for one in self._waiting if not self._queues[one]}
-                    self._waiting = collections.deque(
-                        [one for one in self._waiting if one not in done])
-                    for one in done:
-                        del self._queues[one]
+            if not pots:        # connect() failed: that is what all pots wait for, for days perhaps
+                pots, jobs = self._next_pots(len(self._waiting))
             for job in jobs:
-                job.trouble = error
+                job.trouble = type(error)(f"{error}, tried for")
             again = sum(not job.answered() for job in jobs)
-            self._metrics.add("idpot_db_retries_total", again)
+            metrics.add("idpot_db_retries_total", again)
         except Exception:
             log.exception("a worker")
             for job in jobs:
                 job.finish(error=INTERNAL)
         finally:
             with self._lock:
-                if pot and self._unanswered(pot):
-                    self._waiting.append(pot)
-                elif pot:
-                    del self._queues[pot]
+                for pot in pots:
+                    if self._unanswered(pot):
+                        self._waiting.append(pot)
+                    else:
+                        del self._queues[pot]
         return False
+
+    def _next_pots(self, most):
+        """(pots, jobs): the pots that have waited longest, and what is to be done for them."""
+        with self._lock:
+            pots = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
+            return pots, [job for pot in pots for job in self._unanswered(pot)]
 
     def _unanswered(self, pot):
         """Drops the pot's jobs that were answered, and returns the others. The lock is held."""
@@ -1393,8 +1279,8 @@ class Allocator:
     def _serve(self, pot, jobs, store):
         """Raises Retry where some jobs are to be tried again; others may be answered by then."""
         takes = [job for job in jobs if job.count]
-        groups = [takes, *[[job] for job in jobs if not job.count]]
-        for group in groups:
+        to_do = [takes, *[[job] for job in jobs if not job.count]]
+        for group in to_do:
             group = [job for job in group if not job.answered()]
             try:
                 if group:
@@ -1405,9 +1291,9 @@ class Allocator:
                 failed = group
                 if isinstance(error, Exhausted) and group[0].count:
                     if len(group) > 1:      # some may fit alone: they come last
-                        groups += [[job] for job in group]
+                        to_do += [[job] for job in group]
                         continue
-                    # What wants as much does not fit either.
+                    # Whatever wants as much does not fit either.
                     failed = [job for job in takes if job.count >= group[0].count]
                 if isinstance(error, Broken) and not error.detail:
                     troubles.begin(f"pot {pot}", str(error))
@@ -1419,7 +1305,7 @@ class Allocator:
         total = sum([job.count for job in jobs])
         floor = self._floors.get(pot, 0)
         if not total:
-            value = jobs[0].call(store, floor)
+            value = jobs[0].call(store, pot, floor)
             if type(value) is int:
                 self._floors[pot] = max(value, floor)
             jobs[0].finish(value)
@@ -1431,8 +1317,8 @@ class Allocator:
         if last < floor + total:    # a column of another type, say
             raise Broken(f"the table of pot {shown(pot)} does not count: {last} is behind {floor}")
         self._floors[pot] = last
-        self._metrics.add("idpot_db_statements_total")
-        self._metrics.add("idpot_ids_issued_total", total)
+        metrics.add("idpot_db_statements_total")
+        metrics.add("idpot_ids_issued_total", total)
         troubles.end(f"pot {pot}")
         given = last - total
         for job in jobs:
@@ -1458,39 +1344,29 @@ def notify(state):
     path = os.environ.get("NOTIFY_SOCKET")
     if path:
         address = "\0" + path[1:] if path[0] == "@" else path
-        with contextlib.suppress(OSError):      # nobody reads it
+        with suppress(OSError):      # nobody reads it
             notify_socket().sendto(state.encode(), socket.MSG_DONTWAIT, address)
 
 
-def inherited_descriptors():
-    """The listening sockets that systemd (LISTEN_FDS) or start_server left open."""
-    entries = os.environ.pop("SERVER_STARTER_PORT", "").split(";")
-    # host:port=fd or path=fd
-    descriptors = [int(entry.rpartition("=")[2]) for entry in entries if entry]
-    if os.environ.get("LISTEN_PID") == str(os.getpid()):
-        descriptors += range(3, 3 + int(os.environ.get("LISTEN_FDS", "0")))
-    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
-        os.environ.pop(name, None)
-    return descriptors
-
-
 def listen(host, port):
-    """The inherited listening socket, or one on the address; raises StartError."""
+    """The socket that start_server or systemd left open, or one on the address, or StartError."""
     try:
-        descriptors = inherited_descriptors()
+        entries = os.environ.get("SERVER_STARTER_PORT", "").split(";")      # host:port=fd, path=fd
+        descriptors = [int(entry.rpartition("=")[2]) for entry in entries if entry]
+        if os.environ.get("LISTEN_PID") == str(os.getpid()):
+            descriptors += range(3, 3 + int(os.environ.get("LISTEN_FDS", "0")))
         if len(descriptors) > 1:
             raise StartError(f"{len(descriptors)} sockets were handed over, but one is served: a "
                              "drop-in of the socket unit begins with an empty ListenStream=")
         if descriptors:
             os.set_inheritable(descriptors[0], False)
             listener = socket.socket(fileno=descriptors[0])
-        elif not host and socket.has_dualstack_ipv6():
-            listener = socket.create_server(
-                ("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)
         else:
+            both = not host and socket.has_dualstack_ipv6()     # IPv6 and IPv4
             family, _, _, _, address = socket.getaddrinfo(
-                host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-            listener = socket.create_server(address, family=family, backlog=BACKLOG)
+                host or ("::" if both else "0.0.0.0"), port, type=socket.SOCK_STREAM)[0]
+            listener = socket.create_server(
+                address, family=family, backlog=BACKLOG, dualstack_ipv6=both)
         listener.setblocking(False)     # another process may take a connection before this one
         return listener
     except (OSError, ValueError) as error:
@@ -1499,21 +1375,17 @@ def listen(host, port):
 
 
 # -------------------------------------------------------------------------------------------- HTTP
-#
-# Threads: the main one accepts (serve_forever) and every fifth of a second looks at all connections
-# (service_actions); each connection has one, which reads requests and asks; the allocator's workers
-# take IDs. A request goes from the connection's thread to a worker and never back: the worker
-# itself sends the answer, without waiting for the client, while the thread is already reading
-# again (wrk -c64: 31,004/s, and 12,589/s where the thread is woken to send). What a client does not
-# take at once is sent by a short-lived thread.
+# Threads: the main one accepts (serve_forever) and looks at all connections (service_actions); each
+# connection has one, which reads requests and asks. Whoever has the answer, mostly a worker, sends
+# it without waiting for the client (wrk -c64: 31,004/s; 12,589/s where the connection's thread is
+# woken to send). What a client does not take at once is sent by a short-lived thread.
 #
 # Life of a connection: its thread waits for the first byte of a request, takes `turn`, reads the
 # rest, and has it answered; whoever has sent the answer gives `turn` back, which keeps answers in
 # order. Only the thread closes the connection. Who is late follows from `began`, the arrival of the
-# request that has the turn, `answered`, when the last answer was ready, and `job`: see look(). What
-# is late the main thread ends by shutdown(2), which the connection's thread sees: for reading where
-# the client is to send (on Linux what has arrived is still read first), altogether where it is to
-# read.
+# request that has the turn, `answered_at`, the time of the last answer, and `job`: see look(). The
+# main thread ends them by shutdown(2), which the connection's thread sees: for reading where the
+# client is to send (what has arrived is still read), altogether where it is to read.
 
 MAX_LINE = 8192         # bytes of a request line, then 414
 MAX_HEAD = 16384        # of the request line and all headers, then 431
@@ -1521,7 +1393,6 @@ MAX_FIELDS = 64         # headers, then 431
 MAX_BODY = 65536        # bytes, then 413
 MAX_EXTRA = 8192        # of the extensions and trailers of a chunked body, then 413
 
-LOCAL = "127.0.0.1"     # what the access log has for a client on a Unix socket
 KEPT_THREADS = 16       # that stay for the next connection
 LOOK = 0.2              # seconds between looks at all connections
 HURRIED = 0.5           # seconds that a client has to send at a stop
@@ -1533,14 +1404,13 @@ REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([0-9]\.[0-9])\r\n"
 FIELD = TOKEN + rb":[\t -~\x80-\xff]*\r\n"
 HEAD = re.compile(REQUEST_LINE.pattern + b"((?:" + FIELD + rb")*)\r\n")
 FIELDS = re.compile(rb"([^:\r\n]+):([^\r\n]*)\r\n")
-CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(;[\t -~\x80-\xff]*)?\r\n")
-TRAILER = re.compile(FIELD)
+CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(|;[\t -~\x80-\xff]*)\r\n")
+TRAILER = re.compile(FIELD + rb"|\r\n")
 HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 # The beginning of an absolute-form target (RFC 9112, 3.2.2).
 ABSOLUTE = re.compile(rb"(?i)\Ahttps?://(?=[^/?:])" + HOST.pattern + b"(?=[/?]|$)")
 ONCE = (b"host", b"content-length", b"transfer-encoding", b"authorization", b"origin")
 FORM = b"application/x-www-form-urlencoded"
-EMPTY_LINES = re.compile(rb"(?:\r\n)+")
 PLAIN = "text/plain; charset=utf-8"
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 DIGITS = b"%d".__mod__      # a number as it is answered
@@ -1552,21 +1422,8 @@ FORM_FIELDS = {     # route -> what a POST there may have
 }
 
 
-class Head:
-    """The head of a request, with the fields that parse_head() gives. A malformed one has its line,
-    for the access log, and these."""
-    method = "other"
-    route = "other"
-    old = False
-    tail = '"-" "-"'
-
-    def __init__(self, **fields):
-        vars(self).update(fields)
-
-
 def parse_target(target):
-    """Fields of a Head: the path, decoded once; the query; the route, the template that the path
-    matches, or "other"; and the pot."""
+    """(path, query, route, pot): the path, decoded once, and the template of it, or "other"."""
     origin, absolute = ABSOLUTE.subn(b"", target)
     if absolute and origin[:1] != b"/":
         origin = b"/" + origin
@@ -1576,14 +1433,14 @@ def parse_target(target):
     if re.search("%(?![0-9A-Fa-f]{2})", path):
         raise BadRequest(f"{shown(path)} has a % without two hexadecimal digits")
     separates = "%2f" not in path.lower()       # a proxy's rule may have looked at the raw path
-    path = urllib.parse.unquote(path)
+    path = unquote(path)
     parent, _, pot = path.rpartition("/")
     route = "other"
     if separates and path in PATHS:
         route = path
     elif separates and parent in ("/id", "/pot") and POT_NAME.fullmatch(pot):
         route = parent + "/{pot}"
-    return {"path": path, "query": query, "route": route, "pot": pot}
+    return path, query, route, pot
 
 
 def parse_fields(lines):
@@ -1592,28 +1449,31 @@ def parse_fields(lines):
     for name, value in FIELDS.findall(lines):
         name = name.lower()
         value = value.strip(b" \t")
-        if name in fields and name in ONCE:
-            raise BadRequest(f"header {name.decode()} is there twice")
-        fields[name] = fields[name] + b", " + value if name in fields else value
+        if name in fields:
+            if name in ONCE:
+                raise BadRequest(f"header {name.decode()} is there twice")
+            value = fields[name] + b", " + value
+        fields[name] = value
     return fields
 
 
 def parse_length(fields, old):
-    """Whether the body is chunked, and else its length (RFC 9112, 6)."""
+    """The length of the body; None where it is chunked (RFC 9112, 6)."""
     coding = fields.get(b"transfer-encoding")
     if coding is not None:
         if old or b"content-length" in fields:
             raise BadRequest("Transfer-Encoding is there with Content-Length, or in HTTP/1.0")
         if coding.lower() != b"chunked":
-            raise HttpError(501, f"Transfer-Encoding {shown(coding.decode('latin-1'))} is not "
-                                 "supported, but chunked")
-        return True, 0
+            coding = shown(coding.decode("latin-1"))
+            raise IdpotError(
+                f"Transfer-Encoding {coding} is not supported, but chunked", status=501)
+        return None
     length = fields.get(b"content-length", b"0")
     if not re.fullmatch(b"[0-9]{1,19}", length):
         raise BadRequest(f"Content-Length {shown(length.decode('latin-1'))} is not a number")
     if int(length) > MAX_BODY:
-        raise HttpError(413, f"the body is longer than {MAX_BODY} bytes")
-    return False, int(length)
+        raise IdpotError(f"the body is longer than {MAX_BODY} bytes", status=413)
+    return int(length)
 
 
 def check_request_line(data):
@@ -1624,67 +1484,61 @@ def check_request_line(data):
 
 @functools.lru_cache(maxsize=2048)      # a client repeats itself to the byte
 def parse_head(data):
-    """The Head of bytes up to the empty line, as strict as RFC 9112 allows; raises IdpotError."""
+    """What a head says, the bytes up to the empty line; as strict as RFC 9112 allows."""
     match = HEAD.fullmatch(data)
     if not match:
         check_request_line(data)
         raise BadRequest("a header line is malformed")
     method, target, version, lines = match.groups()
     if lines.count(b"\n") > MAX_FIELDS:
-        raise HttpError(431, "the header has too many fields")
+        raise IdpotError("the header has too many fields", status=431)
     if version not in (b"1.1", b"1.0"):
-        raise HttpError(505, f"HTTP/{version.decode()} is not spoken here")
+        raise IdpotError(f"HTTP/{version.decode()} is not spoken here", status=505)
     old = version == b"1.0"
     fields = parse_fields(lines)
-    chunked, length = parse_length(fields, old)
+    length = parse_length(fields, old)
     if not HOST.fullmatch(fields.get(b"host", b"" if old else b" ")):
         raise BadRequest("header Host is missing or malformed")       # RFC 9112, 3.2
     if fields.get(b"expect", b"100-continue").lower() != b"100-continue":
-        raise HttpError(417, "Expect is understood as 100-continue only")
-    options = fields.get(b"connection", b"").lower().split(b",")
-    connection = {option.strip() for option in options}
-    stays = b"close" not in connection and (not old or b"keep-alive" in connection)
+        raise IdpotError("Expect is understood as 100-continue only", status=417)
+    options = re.findall(TOKEN, fields.get(b"connection", b"").lower())
     scheme, _, token = fields.get(b"authorization", b"").partition(b" ")
     referer = escaped(fields.get(b"referer", b"-"))
     agent = escaped(fields.get(b"user-agent", b"-"))
-    return Head(
-        method=method.decode(),
-        **parse_target(target),
+    path, query, route, pot = parse_target(target)
+    name = method.decode()
+    label = name if name in ("GET", "HEAD", "POST") else "other"
+    return types.SimpleNamespace(
+        method=name, path=path, query=query, route=route, pot=pot,
+        labels=f'route="{route}",method="{label}"',     # of metrics
         old=old,                                    # HTTP/1.0
-        keep=stays,                                 # the client would keep the connection
-        chunked=chunked,                            # the body
-        length=length,                              # of a body that is not chunked
+        keep=b"close" not in options and (not old or b"keep-alive" in options),
+        length=length,                              # of the body; None: it is chunked
         expect=b"expect" in fields and not old,     # the client waits for 100 Continue
         form=fields.get(b"content-type", FORM).split(b";")[0].strip().lower(),
         token=token.strip() if scheme.lower() == b"bearer" else b"",
         origin=b"origin" in fields,
-        size=1000 + 4 * len(data),                  # bytes of memory, about
-        # These two as the access log has them.
-        line=escaped(b"%s %s HTTP/%s" % (method, target, version)),
-        tail=f'"{referer}" "{agent}"')
+        line=escaped(b"%s %s HTTP/%s" % (method, target, version)),     # of the access log
+        tail=f'"{referer}" "{agent}"')                                  # and its end
 
 
 def malformed_head(data):
-    """The Head of a request that is malformed, with its first line for the access log."""
+    """What the answer to a malformed request, and its line in the access log, need of a head."""
     line = (data.splitlines() or [b""])[0]
-    # What may be a token is left away.
-    line = escaped(re.sub(rb"(?i)(authorization|bearer).*", rb"\1...", line)) or "-"
-    return Head(line=line, size=1000 + len(line))
+    line = escaped(re.sub(rb"(?i)(authorization|bearer).*", rb"\1...", line)) or "-"    # no token
+    return types.SimpleNamespace(
+        method="other", old=False, labels='route="other",method="other"', line=line, tail='"-" "-"')
 
 
 @functools.lru_cache(maxsize=64)
 def answer_beginning(status, form, header):
-    """The head of an answer but for its length. The main thread clears this cache every LOOK
-    seconds, so that the Date is right (RFC 9110, 6.6.1)."""
+    """The head of an answer but for its length; for the Date the cache is cleared every LOOK s."""
     phrase = http.HTTPStatus(status).phrase
-    lines = [
-        f"HTTP/1.1 {status} {phrase}",
-        "Cache-Control: no-store",
-        f"Date: {email.utils.formatdate(usegmt=True)}",
-    ]
+    date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
     if status != 204:
-        lines.append(f"Content-Type: {form}")
-    return "\r\n".join([*lines, header]).encode()
+        header = f"Content-Type: {form}\r\n{header}"
+    return (f"HTTP/1.1 {status} {phrase}\r\nCache-Control: no-store\r\nDate: {date}\r\n"
+            f"{header}").encode()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -1694,19 +1548,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # The stock rfile, over the descriptor: that of makefile() runs Python code at each read.
         self.rfile = open(self.request.fileno(), "rb", buffering=2048, closefd=False)
         address = self.client_address
-        self.host = address[0].removeprefix("::ffff:") if isinstance(address, tuple) else LOCAL
+        host = address[0] if isinstance(address, tuple) else "127.0.0.1"    # for a Unix socket
+        self.host = host.removeprefix("::ffff:")
         self.settings = self.server.settings
-        # Held from a request's first byte until its answer was sent: acquired by the connection's
-        # thread, released by whoever has sent. Guards first, head, body and keep, which belong to
-        # that request. The main thread reads keep and the next three without it: see look().
+        # Acquired by the connection's thread at a request's first byte, released by whoever has
+        # sent its answer. Guards head, body and keep; look() reads keep without it.
         self.turn = threading.Lock()
         self.began = None                   # when the request that has the turn began to arrive
-        self.answered = time.monotonic()    # when the last answer was ready, or had been sent late
+        self.answered_at = monotonic()      # when the last answer was ready, or was sent late
         self.job = None                     # what the allocator is asked for
         self.keep = True                    # whether the connection stays after the answer
         self.server.connections[self.request] = self
-
-    # Reading, in the connection's thread
 
     def handle_one_request(self):
         """Has one request answered; the stock handle() repeats it until close_connection is set."""
@@ -1714,28 +1566,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             data = self.rfile.peek(1)
             while data[:2] == b"\r\n":      # RFC 9112, 2.2
-                self.rfile.read(EMPTY_LINES.match(data).end())
+                self.rfile.read(re.match(rb"(?:\r\n)+", data).end())
                 data = self.rfile.peek(1)
         except OSError:
             return
-        if not data:
+        if not data or not self.turn.acquire(timeout=self.server.patience):
             return
-        # The answer before this one has been sent then, unless a fault has kept it.
-        if not self.turn.acquire(timeout=self.server.patience):
-            return
-        self.began = time.monotonic()
+        self.began = monotonic()
         self.keep = False       # until all is read, where the next request begins is unknown
-        self.first = b""        # the request's first line, as it came
         self.head = None
         try:
-            self.read_request()
-            self.close_connection = not self.keep   # before a worker can begin the next turn
+            self.read_request(data)
+            self.close_connection = not self.keep       # which is its own who answers, from here on
             self.respond()
         except OSError:         # the client has gone
             self.keep = False
             self.end_turn()
         except Exception as error:
-            self.head = self.head or malformed_head(self.first)
+            self.head = self.head or malformed_head(data)
             if not isinstance(error, IdpotError):
                 log.exception("request from %s", self.host)
                 self.close_connection = True
@@ -1743,50 +1591,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 error = INTERNAL
             self.answer_error(error)
 
-    def read_request(self):
-        """Reads a whole request, or raises the error to be answered."""
-        self.head = head = self.read_head()
+    def read_request(self, data):
+        """Reads the request that begins with this data, or raises the error to be answered."""
+        head = self.head = self.read_head(data)
         if head.expect:
-            with contextlib.suppress(BlockingIOError):      # the client has much to read first
+            with suppress(BlockingIOError):      # the client has much to read first
                 self.request.send(b"HTTP/1.1 100 Continue\r\n\r\n", socket.MSG_DONTWAIT)
-        self.body = b""
-        if head.chunked:
-            self.body = self.read_chunks()
-        elif head.length:
-            self.body = self.read_body(head.length)
+        self.body = self.read_chunks() if head.length is None else self.read_body(head.length)
         self.keep = head.keep and not self.server.stopping
 
-    def read_head(self):
-        """The Head of the request; raises IdpotError for what is no head or does not come whole."""
-        data = self.rfile.peek(1)
+    def read_head(self, data):
         whole = data.find(b"\r\n\r\n") + 4
-        if whole > 4:       # nearly always; line by line wrk -c64 got 31,600/s for 35,700/s
-            data = self.rfile.read(whole)
-            self.first = data
+        if whole > 4:       # it fits into the buffer, as nearly always; by lines: a tenth slower
+            head = self.rfile.read(whole)
         else:
-            data = self.read_head_lines()
+            head = b"\r\n"
+            while head == b"\r\n":      # an empty line may have come in two pieces
+                head = self.read_line(MAX_LINE, "the request line is too long", 414)
+            check_request_line(head)        # before the client has sent the rest
+            while head[-4:] != b"\r\n\r\n":
+                head += self.read_line(MAX_HEAD - len(head), "the header is too long", 431)
         # No client can fill the cache with long ones.
-        return parse_head(data) if len(data) < 1024 else parse_head.__wrapped__(data)
+        return parse_head(head) if len(head) < 1024 else parse_head.__wrapped__(head)
 
-    def read_head_lines(self):
-        """The head, line by line: too long a one, or no request line, is refused when it comes."""
-        line = b"\r\n"      # an empty one may have come in two pieces
-        while line == b"\r\n":
-            line = self.read_line(MAX_LINE, 414, "the request line is too long")
-        self.first = line
-        check_request_line(line)
-        head = line
-        while line != b"\r\n":
-            line = self.read_line(MAX_HEAD - len(head), 431, "the header is too long")
-            head += line
-        return head
-
-    def read_line(self, limit, status, text):
-        """The next line; raises HttpError(status, text) if it has more bytes than the limit."""
+    def read_line(self, limit, text, status):
+        """The next line; raises IdpotError(text, status) if it has more bytes than the limit."""
         line = self.rfile.readline(limit + 1)
-        self.first = self.first or line
         if len(line) > limit:
-            raise HttpError(status, text)
+            raise IdpotError(text, status=status)
         if line[-1:] != b"\n":
             raise self.cut_off()
         if line[-2:] != b"\r\n":
@@ -1801,19 +1633,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def read_chunks(self):
         """The body of chunks (RFC 9112, 7.1); extensions and trailers mean nothing here."""
-        too_long = (413, "the extensions or trailers of the body are too long")
+        too_long = ("the extensions or trailers of the body are too long", 413)
         body = b""
         left = MAX_EXTRA
-        size = None
-        while size != 0:
+        size = 1
+        while size:
             line = self.read_line(left, *too_long)
             match = CHUNK.fullmatch(line)
             if not match:
                 raise BadRequest(f"{shown(line.decode('latin-1').rstrip())} is not a chunk's size")
             size = int(match[1], 16)
-            left -= len(match[2] or b"")
+            left -= len(match[2])
             if len(body) + size > MAX_BODY:
-                raise HttpError(413, f"the body is longer than {MAX_BODY} bytes")
+                raise IdpotError(f"the body is longer than {MAX_BODY} bytes", status=413)
             if size:
                 body += self.read_body(size)
                 if self.read_body(2) != b"\r\n":
@@ -1821,15 +1653,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         while line != b"\r\n":
             line = self.read_line(left, *too_long)
             left -= len(line)
-            if line != b"\r\n" and not TRAILER.fullmatch(line):
+            if not TRAILER.fullmatch(line):
                 raise BadRequest("a trailer line is malformed")
         return body
 
     def cut_off(self):
         """The error of a request whose end did not come (RFC 9110, 15.5.9)."""
-        late = time.monotonic() > self.began + self.settings.requesttimeout
+        late = monotonic() > self.began + self.settings.requesttimeout
         if late or self.server.stopping:
-            return HttpError(408, "the request did not arrive in time")
+            return IdpotError("the request did not arrive in time", status=408)
         return BadRequest("the request is cut off")
 
     def finish(self):
@@ -1838,13 +1670,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         What the client still sends is read for a moment: to close with unread input would reset the
         connection, and could destroy the answer on its way (RFC 9112, 9.6).
         """
+        with suppress(OSError):
+            while self.request.recv(4096):
+                if not self.began and monotonic() > self.answered_at + LINGER:
+                    break
         self.turn.acquire(timeout=self.server.patience)
-        end = time.monotonic() + LINGER
-        with contextlib.suppress(OSError):
-            while self.request.recv(4096) and time.monotonic() < end:
-                pass
-
-    # Answering
 
     def respond(self):
         head = self.head
@@ -1856,8 +1686,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         action = actions.get("GET" if head.method == "HEAD" else head.method)
         if not action:
             allowed = ", ".join(["GET", "HEAD", *list(actions)[1:]])
-            raise HttpError(405, f"{head.method[:20]} is not allowed here, but {allowed}",
-                            f"Allow: {allowed}\r\n")
+            raise IdpotError(f"{head.method[:20]} is not allowed here, but {allowed}", status=405,
+                            header=f"Allow: {allowed}\r\n")
         action(self, self.fields())
 
     def check_token(self, head):
@@ -1879,7 +1709,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.answer_error(error)
             else:
                 self.answer(status, render(value))
-
         self.job = job = Job(answer, count, call, patience or self.settings.timeout)
         self.server.allocator.submit(pot or self.head.pot, job)
 
@@ -1900,15 +1729,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         sent = b"" if head.method == "HEAD" else body
         data += b"\r\n" + sent
         # Noted before it is sent: who has an answer finds it counted.
-        self.answered = now = time.monotonic()
-        noted = (self.host, head, status, len(sent), now - self.began)
-        self.server.writer.note(noted, head.size)
+        self.answered_at = now = monotonic()
+        self.server.writer.note((self.host, head, status, len(sent), now - self.began))
         try:
             rest = data[self.request.send(data, socket.MSG_DONTWAIT):]
-        except BlockingIOError:
+        except OSError:     # the client is to read first, or has gone
             rest = data
-        except OSError:     # the client has gone, as the connection's thread will see
-            rest = b""
         if rest:
             self.job = None     # it is the client's turn now
             try:
@@ -1920,40 +1746,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_rest(self, rest):
         """Sends as slowly as the client reads; look() ends what takes too long."""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             self.request.sendall(rest)
-        self.answered = time.monotonic()
+        self.answered_at = monotonic()
         self.end_turn()
 
     def end_turn(self):
         """Lets the next request of the connection have the turn, or tells the client of the end."""
         if not self.keep:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 self.request.shutdown(socket.SHUT_WR)
-        self.began = None
-        self.job = None
+        self.began = self.job = None
         self.turn.release()
 
-    # Limits, in the main thread
-
     def silent_since(self):
-        """Since when it is the client's turn to send; None while it is not."""
+        """Since when it is the client's turn to send; infinity while it is not."""
         began = self.began
-        if self.job or (began and self.answered > began):
-            return None
-        return began or self.answered
+        if self.job or (began and self.answered_at > began):
+            return math.inf
+        return began or self.answered_at
 
     def look(self, now):
-        """Ends what takes too long: a wait for the database, for a client to send, or to read."""
+        """Ends what takes too long: a wait for the database, for a client to read, or to send."""
         job = self.job
         began = self.began
-        answered = self.answered
+        answered = self.answered_at
         stopping = self.server.stopping
         if job:
-            deadline = job.start + job.patience
-            if stopping:    # a second is left for the answers to leave before the time is over
-                deadline = min(deadline, stopping + self.settings.timeout)
-                deadline -= min(1, job.patience / 4)
+            deadline = min(job.start + job.patience, self.server.end)
             if now > deadline and not job.answered():
                 job.expire()
             elif now > deadline + LINGER:       # a fault has kept its answer
@@ -1970,22 +1790,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if now > max(began or answered, stopping) + patience:
                 self.request.shutdown(socket.SHUT_RD)
 
-    # What each route does
-
     def fields(self):
         """The fields of the query and of the form, each at most once, and none that is unknown."""
         head = self.head
-        # Elsewhere than in a POST a body means nothing.
-        body = self.body if head.method == "POST" else b""
+        body = self.body if head.method == "POST" else b""      # elsewhere it means nothing
         if not (body or head.query):
             return {}
         if body and head.form != FORM:
             form = shown(head.form.decode("latin-1"))
-            raise HttpError(415, f"the body is {form}, not {FORM.decode()}")
+            raise IdpotError(f"the body is {form}, not {FORM.decode()}", status=415)
         text = f"{head.query}&{body.decode('latin-1')}"
         try:
-            pairs = urllib.parse.parse_qsl(
-                text, keep_blank_values=True, errors="strict", max_num_fields=100)
+            pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=100)
         except ValueError:
             raise BadRequest("the form is not UTF-8, or has too many fields")
         known = FORM_FIELDS.get(head.route, ())
@@ -2015,21 +1831,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.ask(DIGITS, 1)
 
     def get_id(self, _):
-        pot = self.head.pot
-        self.ask(DIGITS, call=lambda store, floor: max(store.current(pot), floor))
+        self.ask(DIGITS, call=lambda store, pot, floor: max(store.current(pot), floor))
 
     def get_pot(self, _):
-        pot = self.head.pot
-        self.ask(lambda _: b"", call=lambda store, _: store.current(pot), status=204)
+        self.ask(lambda _: b"", call=lambda store, pot, _: store.current(pot), status=204)
 
     def create_pot(self, fields):
         pot, low = self.name_and_min(fields, "0")
-        self.ask(lambda _: b"Created new pot", call=lambda store, _: store.create(pot, low),
-                 pot=pot, status=201)
+        self.ask(lambda _: b"Created new pot", pot=pot, status=201,
+                 call=lambda store, pot, _: store.create(pot, low))
 
     def raise_pot(self, fields):
         pot, low = self.name_and_min(fields, "")
-        self.ask(DIGITS, call=lambda store, floor: store.raise_to(pot, max(low, floor)), pot=pot)
+        self.ask(DIGITS, pot=pot,
+                 call=lambda store, pot, floor: store.raise_to(pot, max(low, floor)))
 
     @staticmethod
     def name_and_min(fields, default):
@@ -2043,8 +1858,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                  pot=ALL_POTS, call=self.server.allocator.list_pots)
 
     def get_health(self, _):
-        self.ask(lambda _: b"ok", pot=HEALTH, call=self.server.allocator.check,
-                 patience=min(PROBE, self.settings.timeout))
+        allocator = self.server.allocator
+        self.ask(lambda _: b"ok", pot=HEALTH, patience=min(PROBE, self.settings.timeout),
+                 call=lambda store, *_: store.check(allocator.last_pot))
 
     def get_metrics(self, _):
         server = self.server
@@ -2054,7 +1870,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "idpot_db_connections": sum(store.connected for store in server.allocator.stores),
         }
         server.writer.count()
-        self.answer(200, server.metrics.text(gauges).encode(), form=PROMETHEUS)
+        self.answer(200, metrics.text(gauges).encode(), form=PROMETHEUS)
 
 
 # Route -> method -> what does it; HEAD is GET. Pots may have the names create and raise.
@@ -2070,11 +1886,9 @@ ACTIONS = {
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """The HTTP server: accepts, keeps threads for connections, bounds these, and does in the main
-    thread what is to be done now and then."""
-    SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+    """Accepts and bounds connections; does in the main thread what is to be done now and then."""
 
-    def __init__(self, settings, listener, allocator, metrics, writer):
+    def __init__(self, settings, listener, allocator, writer):
         super().__init__(None, Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
@@ -2084,13 +1898,12 @@ class Server(http.server.ThreadingHTTPServer):
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
         self.settings = settings
         self.allocator = allocator
-        self.metrics = metrics
         self.writer = writer
         self.connections = {}       # socket -> its Handler, None until its thread has made that
         self.stopping = 0.0         # when the stop began, 0.0 before
-        # Within these seconds a turn is over: the database's time, and the client's.
-        self.patience = settings.timeout + settings.idletimeout + LINGER
-        self._looked = time.monotonic()
+        self.end = math.inf         # when all must be answered, after that
+        self.patience = settings.timeout + settings.idletimeout + LINGER    # a turn takes no longer
+        self._looked = monotonic()
         self._accepted = queue.SimpleQueue()        # connections for the kept threads
         self._free = queue.SimpleQueue()            # an item for each kept thread that waits
         self._closed = threading.Event()            # a connection was closed
@@ -2098,39 +1911,32 @@ class Server(http.server.ThreadingHTTPServer):
     def stop(self):
         """Stops accepting, after what waits in the backlog; returns when all is answered, or after
         Timeout. Requests that are read from now on are answered with a close."""
-        self.stopping = time.monotonic()
-        # Under load there would always be one more.
-        while (time.monotonic() < self.stopping + HURRIED
+        self.stopping = monotonic()
+        self.end = self.stopping + 0.75 * self.settings.timeout     # answers need a moment, too
+        while (monotonic() < self.stopping + HURRIED        # under load there is always one more
                and select.select([self.socket], [], [], 0)[0]):
             self.handle_request()
         self.server_close()
-        while self.connections and time.monotonic() < self.stopping + self.settings.timeout:
-            self._closed.clear()
-            self._closed.wait(0.02)
+        while self.connections and monotonic() < self.stopping + self.settings.timeout:
+            time.sleep(0.02)
             self.service_actions()
 
     def handlers(self):
-        return [handler for handler in list(self.connections.values()) if handler]
-
-    # Hooks of socketserver
+        return filter(None, list(self.connections.values()))
 
     def service_actions(self):
-        """Every LOOK seconds: deadlines, the watchdog, and signals; raises KeyboardInterrupt at one
-        that is to stop the server."""
-        now = time.monotonic()
+        """Every LOOK seconds: deadlines, watchdog, signals; raises KeyboardInterrupt to stop."""
+        now = monotonic()
         if now < self._looked + LOOK:
             return
         self._looked = now
         answer_beginning.cache_clear()
         self.writer.count()     # lines take less memory than notes, where the Writer cannot write
         for handler in self.handlers():
-            try:
+            with suppress(OSError):         # its thread has just closed it
                 handler.look(now)
-            except OSError:         # its thread has just closed it
-                pass
-        # systemd must hear of a worker that hangs; that this thread does follows of itself.
         if "WATCHDOG_USEC" in os.environ and self.allocator.alive():
-            notify("WATCHDOG=1")
+            notify("WATCHDOG=1")        # that this thread hangs shows of itself
         if signal.sigtimedwait(STOPS, 0):
             raise KeyboardInterrupt
         if signal.sigtimedwait([signal.SIGHUP], 0):     # a moved LogFile is seen at each write
@@ -2141,42 +1947,41 @@ class Server(http.server.ThreadingHTTPServer):
         """Accepts a connection; at a limit it makes room for the next try, and raises OSError."""
         try:
             if len(self.connections) >= self.settings.maxconnections:
-                raise OSError(errno.EMFILE, "all connections are in use")
+                raise OSError("all connections are in use")
             request, address = super().get_request()
-        except OSError as error:
-            if error.errno in self.SCARCE:      # the accepting loop comes again at once
-                self._make_room()
+        except BlockingIOError:         # another process has taken it
+            raise
+        except OSError:                 # the accepting loop comes again at once
+            self._make_room()
             raise
         self.connections[request] = None
         return request, address
 
     def process_request(self, request, client_address):
-        """Gives the connection to a thread that waits, or to a new one: that takes 0.1 ms more."""
+        """Gives the connection to a thread that waits, or to a new one, which takes 0.1 ms more."""
         connection = (request, client_address)
         try:
             self._free.get_nowait()
-            self._accepted.put(connection)
         except queue.Empty:
             try:
-                # threading.Thread would wait until it runs: 0.8 s for the last of 1,000 clients
-                # that came together, for 0.2 s.
+                # threading.Thread waits until it runs: 0.8 s for the last of 1,000 clients, not 0.2
                 _thread.start_new_thread(self._serve_connections, connection)
+                return
             except RuntimeError:        # no more can be started: one that becomes free takes it
                 self._make_room()
                 self._free.get(timeout=LOOK)    # or queue.Empty: handle_error()
-                self._accepted.put(connection)
-        troubles.end("accepting")
+        self._accepted.put(connection)
 
     def _serve_connections(self, request, client_address):
         while True:
+            troubles.end("accepting")
             self.process_request_thread(request, client_address)
             if self._free.qsize() >= KEPT_THREADS:
                 return
-            # The promise to take one item of _accepted.
-            self._free.put(None)
+            self._free.put(None)        # the promise to take one item of _accepted
             request, client_address = self._accepted.get()
 
-    def close_request(self, request):
+    def shutdown_request(self, request):
         self.connections.pop(request, None)
         request.close()
         self._closed.set()
@@ -2189,18 +1994,16 @@ class Server(http.server.ThreadingHTTPServer):
     def _make_room(self):
         """Ends the connection that has been silent longest, and waits until one is closed."""
         self._closed.clear()
-        now = time.monotonic()
-        silent = [(handler.silent_since() or now, handler) for handler in self.handlers()]
-        since, longest = min(silent, key=lambda pair: pair[0], default=(now, None))
-        if since < now - 0.1:
-            with contextlib.suppress(OSError):
+        longest = min(self.handlers(), key=Handler.silent_since, default=None)
+        if longest and longest.silent_since() < monotonic() - 0.1:
+            with suppress(OSError):
                 longest.request.shutdown(socket.SHUT_RD)
         self._closed.wait(0.05)
 
 
 # ------------------------------------------------------------------------------------------ client
 
-class Client(contextlib.AbstractContextManager):
+class Client(AbstractContextManager):
     """A client of an idpot server at a URL, over one connection that is kept; for one thread.
 
     Its methods raise BadRequest, Unauthorized, Forbidden, NotFound, Exists, Exhausted or
@@ -2208,12 +2011,12 @@ class Client(contextlib.AbstractContextManager):
     idpot's, WentBack where an ID is not greater than those before (after a restore without a raise,
     say), and OSError where the server cannot be reached or a timeout, in seconds, is over.
     """
-    # By their status; a 409 to a create is Exists.
-    ERRORS = {kind.status: kind for kind in (
+    ERRORS = {kind.status: kind for kind in (       # but a 409 to a create is Exists
         BadRequest, Unauthorized, Forbidden, NotFound, Exhausted, Unavailable)}
+    NUMBER = "[0-9]{1,20}"
 
     def __init__(self, url, token=None, timeout=15):
-        parts = urllib.parse.urlsplit(url)
+        parts = urlsplit(url)
         https = parts.scheme == "https"
         kind = http.client.HTTPSConnection if https else http.client.HTTPConnection
         self._connection = kind(parts.netloc, timeout=timeout)
@@ -2224,9 +2027,8 @@ class Client(contextlib.AbstractContextManager):
         self._highest = {}      # pot -> greatest ID that was answered
 
     def create(self, pot, min=0):
-        """Creates the pot; its first ID is min + 1. It is tried once, on a new connection: a
-        repetition could find the pot that it has just made."""
-        self._connection.close()
+        """Creates the pot; its first ID is min + 1. Tried once: again it could find its own pot."""
+        self.close()
         try:
             self._ask(201, "Created new pot", "POST", "pot", "create", name=pot, min=min)
         except Exhausted as error:
@@ -2241,33 +2043,31 @@ class Client(contextlib.AbstractContextManager):
 
     def current(self, pot):
         """Returns the ID that was given last, or min."""
-        return int(self._ask(200, "[0-9]{1,20}", "GET", "id", pot))
+        return int(self._ask(200, self.NUMBER, "GET", "id", pot))
 
     def next(self, pot):
         """Returns a new ID."""
-        return self._take(pot, 1, "[0-9]{1,20}")[0]
+        return self._take(pot, 1, lambda ids: str(ids[0]))[0]
 
     def next_many(self, pot, count):
         """Returns a range of count (1..10000) new IDs."""
-        return self._take(pot, count, "([0-9]{1,20}\n)+", count=count)
+        return self._take(pot, count, lambda ids: "".join([f"{one}\n" for one in ids]), count=count)
 
     def next_range(self, pot, count):
         """Returns a range of count (1..2**32) new IDs."""
-        return self._take(pot, count, "[0-9]{1,20}\t[0-9]{1,20}\n", range=count)
+        return self._take(pot, count, lambda ids: f"{ids[0]}\t{ids[-1]}\n", range=count)
 
     def raise_to(self, pot, min):
         """Raises the counter to min unless it is higher; returns the counter."""
-        return int(self._ask(200, "[0-9]{1,20}", "POST", "pot", "raise", name=pot, min=min))
+        return int(self._ask(200, self.NUMBER, "POST", "pot", "raise", name=pot, min=min))
 
-    def _take(self, pot, wanted, pattern, **fields):
-        text = self._ask(200, pattern, "POST", "id", pot, **fields)
-        numbers = [int(one) for one in text.split()]
-        first = numbers[0]
+    def _take(self, pot, wanted, render, **fields):
+        text = self._ask(200, rf"{self.NUMBER}(\s[0-9\s]*)?", "POST", "id", pot, **fields)
+        first = int(text.split()[0])
         new = range(first, first + wanted)
-        whole = numbers[-1] == new[-1] and (len(numbers) < 3 or numbers == list(new))
-        if not (whole and 0 < first <= new[-1] <= MAX_ID):
+        if text != render(new) or not 0 < first <= new[-1] <= MAX_ID:
             raise IdpotError(f"{shown(text)} are not the {wanted} IDs that were asked for")
-        highest = self._highest.get(pot, -1)
+        highest = self._highest.get(pot, 0)
         if first <= highest:
             raise WentBack(f"pot {shown(pot)} gave {first} after {highest}")
         self._highest[pot] = new[-1]
@@ -2275,34 +2075,25 @@ class Client(contextlib.AbstractContextManager):
 
     def _ask(self, wanted, pattern, method, *path, **fields):
         """The text of an answer with the wanted status, if it matches the pattern."""
-        quoted = [urllib.parse.quote(part, safe="") for part in path]
-        target = "/".join([self._prefix, *quoted])
-        body = urllib.parse.urlencode(fields) or None
+        target = "/".join([self._prefix, *[quote(part, safe="") for part in path]])
+        body = urlencode(fields) or None
         kept = self._connection.sock is not None
-        try:
-            status, text = self._send(method, target, body)
-        except ConnectionError:
-            if not kept:
-                raise
-            status, text = self._send(method, target, body)     # the kept connection had died
-        if status in self.ERRORS and re.fullmatch("[^\n]+\n", text):
-            raise self.ERRORS[status](text.strip())
-        if status != wanted or not re.fullmatch(pattern, text):
-            raise IdpotError(f"this is no answer of idpot: {status} {shown(text)}")
-        return text
-
-    def _send(self, method, target, body):
-        """(status, text) of one request; after an error the connection is closed."""
         try:
             self._connection.request(method, target, body, self._headers)
             answer = self._connection.getresponse()
-            return answer.status, answer.read().decode("utf-8", "replace")
-        except OSError:
-            self.close()
-            raise
-        except http.client.HTTPException as error:
-            self.close()
+            text = answer.read().decode("utf-8", "replace")
+        except (OSError, http.client.HTTPException) as error:
+            self.close()        # a late answer would be taken for that of the next request
+            if kept and isinstance(error, ConnectionError):     # it had died
+                return self._ask(wanted, pattern, method, *path, **fields)
+            if isinstance(error, OSError):
+                raise
             raise IdpotError(f"this is no answer of idpot: {error!r}") from error
+        if answer.status in self.ERRORS and re.fullmatch("[^\n]+\n", text):
+            raise self.ERRORS[answer.status](text.strip())
+        if answer.status != wanted or not re.fullmatch(pattern, text):
+            raise IdpotError(f"this is no answer of idpot: {answer.status} {shown(text)}")
+        return text
 
     def close(self):
         self._connection.close()
@@ -2313,51 +2104,39 @@ class Client(contextlib.AbstractContextManager):
 
 # ------------------------------------------------------------------------------------ command line
 
-def warn_of_exposure(settings, host):
-    local = host.startswith("127.") or host == "::1"
-    if not (local or settings.token or settings.admintoken):
-        log.warning("%s is not a loopback address and no Token is set: anybody who reaches it can "
-                    "create, raise and use up pots", host)
-    secret = settings.token or settings.admintoken or settings.dsn["password"]
-    with contextlib.suppress(OSError):      # the file is gone
-        if settings.path and secret and os.stat(settings.path).st_mode & stat.S_IROTH:
-            log.warning("%s holds secrets, and everybody can read it: chmod o-r", settings.path)
-
-
-def serve(settings, metrics, writer):
+def serve(settings, writer):
     """Serves until a stop signal; raises StartError."""
-    stores = settings.store.all(settings, metrics)
+    stores = settings.store.all(settings)
     # Until it serves, a stop signal ends it at once, whatever a silent database keeps waiting.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     description = stores[0].start()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    # A worker may meet the driver's timeouts, half of Timeout, at each address.
-    stuck = (3 + len(settings.dsn["addresses"])) * settings.timeout + 10
-    allocator = Allocator(stores, metrics, stuck)
+    allocator = Allocator(stores, 10 * settings.timeout + 10)   # it may wait at each address
     listener = listen(*settings.listen)
-    server = Server(settings, listener, allocator, metrics, writer)
+    server = Server(settings, listener, allocator, writer)
     try:
         allocator.start()
     except RuntimeError as error:       # the system has no more threads
         raise StartError(str(error))
     # Inherited by the connections' threads: one that wakes, because its client has sent, does not
     # push aside the thread that runs and has the GIL (sched(7)). wrk -c64: 42,000/s for 32,000.
-    with contextlib.suppress(OSError):      # a service manager may forbid it
+    with suppress(OSError):      # a service manager may forbid it
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     if listener.family == socket.AF_UNIX:
         where = f"unix:{listener.getsockname()}"
     else:
         host, port = listener.getsockname()[:2]
-        warn_of_exposure(settings, host)
+        if not (host.startswith("127.") or host == "::1" or settings.admintoken):
+            log.warning("%s is not a loopback address and no Token is set: anybody who reaches it "
+                        "can create, raise and use up pots", host)
         name = f"[{host}]" if ":" in host else host
         where = f"http://{name}:{port}"
     log.info("listening on %s (%s)", where, description)
-    writer.flush()
     notify(f"READY=1\nSTATUS={description}")
-    with contextlib.suppress(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt):
         server.serve_forever(LOOK)
     notify("STOPPING=1")
-    with contextlib.suppress(KeyboardInterrupt):        # the second signal: it stops at once
+    with suppress(KeyboardInterrupt):        # the second signal: it stops at once
         server.stop()
         allocator.stop()
     log.info("stopped")
@@ -2370,38 +2149,33 @@ def run(arguments):
         path = time.strftime(settings.logfile)
         if path:
             check_place(f"LogFile {shown(path)}", path)
-        found = settings.store.all(settings, Metrics())[0].probe()
+        found = settings.store.all(settings)[0].probe()
         print(f"idpot: the settings are valid, {found}")
         return
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):      # a service manager may forbid it
+    with suppress(OSError, ValueError):      # a service manager may forbid it
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))    # the soft one is for select(2)
-    # Before any thread is made: the main thread alone takes signals.
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # in all threads: see service_actions
     threading.stack_size(512 * 1024)    # with 8 MB a limit of address space is soon reached
-    # Each thread that waits for the GIL wakes so often: of thousands, nobody would get on.
+    # Thousands of threads that wait for the GIL would do nothing else than wake each 5 ms.
     sys.setswitchinterval(0.2)
-    metrics = Metrics()
     try:
         file = settings.logfile and StrftimeFileHandler(settings.logfile, settings.loglinkname)
     except OSError as error:
         place = shown(error.filename or settings.logfile)
         raise StartError(f"LogFile {place}: {error.strerror}")
-    writer = Writer(metrics, file)
+    writer = Writer(file)
     log.handlers = [writer]
     log.setLevel(logging.INFO)
     log.propagate = False
     try:
-        serve(settings, metrics, writer)
+        serve(settings, writer)
     finally:
         writer.flush()
 
 
 def main(argv=None):
-    """Runs the command line; returns the exit code: 0 stopped, 1 cannot start, 78 wrong settings.
-
-    Wrong usage exits with 2.
-    """
+    """Runs the command line; returns the exit code: 0 stopped, 1 no start, 78 wrong settings."""
     parser = argparse.ArgumentParser(prog="idpot", description="Serial 64-bit IDs over HTTP.")
     parser.add_argument("--config", metavar="FILE", help="settings; else SQLite in ./idpot.db")
     parser.add_argument("--listen", metavar="HOST:PORT", type=split_address,
@@ -2416,8 +2190,9 @@ def main(argv=None):
     try:
         run(arguments)
         return 0
-    except StartError as error:
-        print(f"<3>{error}" if under_journald() else f"idpot: {error}", file=sys.stderr)
+    except IdpotError as error:
+        text = error.detail or error
+        print(f"<3>{text}" if under_journald() else f"idpot: {text}", file=sys.stderr)
         return 1 if arguments.check else error.exit_code
 
 
