@@ -219,7 +219,7 @@ def check_place(what, path):
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise StartError(f"{what}: its folder is not there")
-    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
         raise StartError(f"{what}: it cannot be written")
 
 
@@ -260,8 +260,8 @@ class SettingsReader(configparser.RawConfigParser):
             self.read_file((line.title() if line[:1] == "[" else line for line in lines), path)
 
 
-QUOTED = r'"(?:[^"\\]|\\.)*"'
-VALUE = re.compile(rf'((?:{QUOTED}|[^"\\;#])*)(?:[;#].*)?')     # and a comment behind it
+QUOTED = r'"(?:[^"\\\0]|\\[^u])*"'
+VALUE = re.compile(rf'((?:{QUOTED}|[^"\\\0;#])*)(?:[;#].*)?')       # and a comment behind it
 
 
 def setting_value(text):
@@ -594,7 +594,7 @@ class Writer(logging.Handler):
         if lost:
             log.error("%d lines of the logs were lost: what waited was not read", lost)
 
-    def flush(self):
+    def drain(self):
         """Waits until all is written, for half a second at most."""
         deadline = monotonic() + 0.5
         while (self._answers or self._size) and monotonic() < deadline:
@@ -833,8 +833,7 @@ class MysqlServers:
     def _open(self, address):
         connection = self.driver.connect(**self._arguments, **self._addresses[address])
         try:
-            # Whatever the server's defaults are, the promise does not depend on them.
-            connection.cmd_query(
+            connection.cmd_query(       # the promise does not depend on the server's defaults
                 f"SET SESSION autocommit=1, lock_wait_timeout={self.lock_wait}, "
                 f"innodb_lock_wait_timeout={self.lock_wait}, sql_safe_updates=0, "
                 "sql_mode='STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'")
@@ -891,8 +890,7 @@ class MysqlServers:
                         "SUM(member_state = 'UNREACHABLE'), COUNT(*) "
                         "FROM performance_schema.replication_group_members")
         if own != "ONLINE PRIMARY":
-            own = own or "no member"
-            raise Retry(f"{CANNOT}: its server is {own} in the replication group")
+            raise Retry(f"{CANNOT}: its server is {own or 'no member'} in the replication group")
         # Its own word for it comes 5 to 6 seconds late; then a statement hangs until its timeout.
         if 2 * unreachable >= members:
             raise Retry(f"{CANNOT}: the replication group has lost its majority")
@@ -1369,7 +1367,7 @@ def listen(host, port):
                 address, family=family, backlog=BACKLOG, dualstack_ipv6=both)
         listener.setblocking(False)     # another process may take a connection before this one
         return listener
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StartError(f"cannot listen on {host}:{port}: {reason}")
 
@@ -1407,7 +1405,6 @@ FIELDS = re.compile(rb"([^:\r\n]+):([^\r\n]*)\r\n")
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(|;[\t -~\x80-\xff]*)\r\n")
 TRAILER = re.compile(FIELD + rb"|\r\n")
 HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
-# The beginning of an absolute-form target (RFC 9112, 3.2.2).
 ABSOLUTE = re.compile(rb"(?i)\Ahttps?://(?=[^/?:])" + HOST.pattern + b"(?=[/?]|$)")
 ONCE = (b"host", b"content-length", b"transfer-encoding", b"authorization", b"origin")
 FORM = b"application/x-www-form-urlencoded"
@@ -1423,7 +1420,7 @@ FORM_FIELDS = {     # route -> what a POST there may have
 
 
 def parse_target(target):
-    """(path, query, route, pot): the path, decoded once, and the template of it, or "other"."""
+    """(path, query, route, pot) of a target (RFC 9112, 3.2); the route is the path's template."""
     origin, absolute = ABSOLUTE.subn(b"", target)
     if absolute and origin[:1] != b"/":
         origin = b"/" + origin
@@ -1466,7 +1463,8 @@ def parse_length(fields, old):
         if coding.lower() != b"chunked":
             coding = shown(coding.decode("latin-1"))
             raise IdpotError(
-                f"Transfer-Encoding {coding} is not supported, but chunked", status=501)
+                f"Transfer-Encoding {coding} is not supported, but chunked",
+                status=501)
         return None
     length = fields.get(b"content-length", b"0")
     if not re.fullmatch(b"[0-9]{1,19}", length):
@@ -1509,7 +1507,8 @@ def parse_head(data):
     name = method.decode()
     label = name if name in ("GET", "HEAD", "POST") else "other"
     return types.SimpleNamespace(
-        method=name, path=path, query=query, route=route, pot=pot,
+        method=name,
+        path=path, query=query, route=route, pot=pot,
         labels=f'route="{route}",method="{label}"',     # of metrics
         old=old,                                    # HTTP/1.0
         keep=b"close" not in options and (not old or b"keep-alive" in options),
@@ -1574,16 +1573,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.began = monotonic()
         self.keep = False       # until all is read, where the next request begins is unknown
-        self.head = None
+        self.head = self.first = None       # the head, and its first line where that came alone
         try:
             self.read_request(data)
-            self.close_connection = not self.keep       # which is its own who answers, from here on
+            self.close_connection = not self.keep       # from here on keep is of whoever answers
             self.respond()
         except OSError:         # the client has gone
             self.keep = False
             self.end_turn()
         except Exception as error:
-            self.head = self.head or malformed_head(data)
+            self.head = self.head or malformed_head(self.first or data)
             if not isinstance(error, IdpotError):
                 log.exception("request from %s", self.host)
                 self.close_connection = True
@@ -1617,6 +1616,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_line(self, limit, text, status):
         """The next line; raises IdpotError(text, status) if it has more bytes than the limit."""
         line = self.rfile.readline(limit + 1)
+        self.first = self.first or line
         if len(line) > limit:
             raise IdpotError(text, status=status)
         if line[-1:] != b"\n":
@@ -1894,7 +1894,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket = listener
         if listener.family != socket.AF_UNIX:       # connections inherit both
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            patience = math.ceil(1000 * settings.idletimeout)
+            patience = int(1000 * settings.idletimeout)
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
         self.settings = settings
         self.allocator = allocator
@@ -2082,7 +2082,7 @@ class Client(AbstractContextManager):
             self._connection.request(method, target, body, self._headers)
             answer = self._connection.getresponse()
             text = answer.read().decode("utf-8", "replace")
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             self.close()        # a late answer would be taken for that of the next request
             if kept and isinstance(error, ConnectionError):     # it had died
                 return self._ask(wanted, pattern, method, *path, **fields)
@@ -2171,7 +2171,7 @@ def run(arguments):
     try:
         serve(settings, writer)
     finally:
-        writer.flush()
+        writer.drain()
 
 
 def main(argv=None):
@@ -2191,8 +2191,8 @@ def main(argv=None):
         run(arguments)
         return 0
     except IdpotError as error:
-        text = error.detail or error
-        print(f"<3>{text}" if under_journald() else f"idpot: {text}", file=sys.stderr)
+        prefix = "<3>" if under_journald() else "idpot: "
+        print(f"{prefix}{error.detail or error}", file=sys.stderr)
         return 1 if arguments.check else error.exit_code
 
 

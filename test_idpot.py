@@ -1353,6 +1353,7 @@ REFUSED_SETTINGS = [    # the text of f.cfg, what is said
     ('[Server]\nToken = "secret', f"f.cfg: [Server] Token: {UNCLOSED}"),
     ("[Server]\nLogFile = a\\b", f"f.cfg: [Server] LogFile: {UNCLOSED}"),
     ("[Server]\nLogFile = a\\\n", f"f.cfg: [Server] LogFile: {UNCLOSED}"),
+    ('[Sqlite]\nFile = "a\\u0000"', f"f.cfg: [Sqlite] File: {UNCLOSED}"),
     ('[Server]\nToken = "a\\qc"',
      'f.cfg: [Server] Token: a backslash stands before none of \\ " n t'),
 ]
@@ -1627,6 +1628,7 @@ class TestCheck:
         ("LogFile", "no/dir/log", "its folder is not there"),
         ("LogFile", "f.cfg/log", "its folder is not there"),
         ("LogFile", "roots", "it cannot be written"),
+        ("File", ".", "it cannot be written"),
         ("File", "no/dir/db", "its folder is not there"),
         ("File", "closed/db", "it cannot be written")])
     def test_files_that_could_not_be_written(self, folder, setting, place, why):
@@ -2564,6 +2566,7 @@ MALFORMED = [       # what is sent, and what the access log has for its request 
     (b"GET /id/p HTTP/1.1\r\nX : y\r\nAuthorization: Bearer sesame\r\n\r\n", "GET /id/p HTTP/1.1"),
     (b"GET /id/p HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sesame\r\n\r\n",
      "GET /id/p HTTP/1.1"),
+    (b"GET /%s HTTP/9.9\r\nHost: x\r\n\r\n" % (b"a" * 3000), f"GET /{'a' * 3000} HTTP/9.9"),
 ]
 
 
@@ -3129,7 +3132,7 @@ EIGHT = ["p0", "p1", "p2", "p3", "p4", "p5", "p6", "p7"]
 
 class Proxy(socketserver.ThreadingTCPServer):
     """Relays TCP to a port, each piece `delay` late; new connections only if `answering` is set,
-    and those that are older than the last lose_all() no more."""
+    and no more those that are older than the last of the `losses`."""
     daemon_threads, block_on_close = True, False
 
     def __init__(self, port, delay=0.0):
@@ -3138,9 +3141,6 @@ class Proxy(socketserver.ThreadingTCPServer):
         self.answering = threading.Event()
         self.answering.set()
         self.losses = 0
-
-    def lose_all(self):
-        self.losses += 1
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.05,)).start()
@@ -3330,7 +3330,7 @@ def test_one_lost_connection_of_eight_holds_up_nobody_while_new_ones_hang(run, f
 def test_eight_connections_that_are_dead_cost_one_wait(run, first):
     with Proxy(first.port) as proxy:
         server = eight_connections(run, first, on_servers(proxy.port, timeout=4))
-        proxy.lose_all()
+        proxy.losses += 1
         with within(3.5):
             assert server.next("p0") == 2
         with within(1):
