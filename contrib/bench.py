@@ -36,10 +36,6 @@ from typing import Callable, NamedTuple
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.append(str(HERE))  # the driver may have been installed beside idpot.py
-try:
-    import mysql.connector
-except ImportError:
-    sys.exit("bench: mysql-connector-python is missing: README.rst says how to install it")
 
 
 # Programs ---------------------------------------------------------------------------------------
@@ -111,6 +107,7 @@ class Mariadb(Program):
 
     def connect(self):
         """A connection, for a with block."""
+        import mysql.connector  # not needed for --help; idpot says so where it is missing
         return contextlib.closing(mysql.connector.connect(
             host="127.0.0.1", port=self.port, user="root", database="test", autocommit=True,
             collation="utf8mb4_general_ci",  # MariaDB does not know the driver's default
