@@ -1,18 +1,19 @@
 """idpot's speed, beside another version of it and beside the limits of the machine.
 
-    python3 contrib/bench.py [--rounds 3] [--seconds 3] [--only REGEX] [--beside DIRECTORY]
+    python3 contrib/bench.py [--rounds 3] [--seconds 3] [--only REGEX] [--beside DIRECTORY] ...
 
 Starts a MariaDB of its own, with its default settings, and an idpot for each run, drives it with
 wrk or ab, and ends them all. All of it is in /var/tmp, not in /tmp: where that is memory, InnoDB
 and SQLite look faster than a disk lets them be. The access log is on.
 
 --only takes the cases in whose names the regular expression is found; --help lists them. --beside
-names another checkout, whose idpot.py meets the same cases in the same run:
+names another checkout, whose idpot.py meets the same cases in the same run; there may be several:
 
     git worktree add /var/tmp/idpot-1.0 582e2c9
-    python3 contrib/bench.py --beside /var/tmp/idpot-1.0
+    git worktree add /var/tmp/idpot-2.1 8b02d01
+    python3 contrib/bench.py --beside /var/tmp/idpot-1.0 --beside /var/tmp/idpot-2.1
 
-Each round runs every case once, for this checkout and at once for the other; every second round
+Each round runs every case once, for this checkout and at once for the others; every second round
 runs all of it backwards, so that the machine's drift meets all alike. The direct loop is one client
 that does an UPDATE as idpot's on a connection of its own, without HTTP.
 """
@@ -55,7 +56,8 @@ class Program:
         """Returns when the program has written what the pattern matches: `ready` is that match."""
         written = folder / "written"
         with open(written, "w") as file:
-            # In a session of its own: Ctrl-C is for us, and must not end the database first.
+            # In a session of its own, as systemd starts a service: by session the kernel shares
+            # the CPUs (sched_autogroup). And Ctrl-C must not end the database before idpot.
             self.process = subprocess.Popen(
                 command, cwd=folder, stdout=file, stderr=file, start_new_session=True)
         stack.callback(self.stop)
@@ -274,11 +276,11 @@ class Run:
     def __init__(self, case, checkout, this=None):
         self.case = case
         self.checkout = checkout
-        self.this = this  # the same case in this checkout, where the checkout is the one beside
+        self.this = this  # the same case in this checkout, where the checkout is one beside
         self.samples = []
 
     def ratio(self):
-        """The rate of this checkout by that of the one beside, the median of all rounds."""
+        """The rate of this checkout by that beside, the median of all rounds."""
         if not self.this:
             return None
         rounds = zip(self.this.samples, self.samples)
@@ -296,8 +298,9 @@ def planned_runs(cases, beside):
     for case in cases:
         this = Run(case, HERE)
         yield this
-        if beside and case.load is not direct_loop:
-            yield Run(case, beside, this)
+        if case.load is not direct_loop:
+            for checkout in beside:
+                yield Run(case, checkout, this)
 
 
 class Bench(NamedTuple):
@@ -333,6 +336,8 @@ LEGEND = """
 Medians of the rounds; max and failed: the worst; slowest: the rate of the slowest round.
 ratio: this checkout's rate by that beside. last/1st: the last second's rate by the first's.
 p99, max: milliseconds until the answer. CPU: idpot's, % of one. MB: its resident memory.
+Each server, MariaDB too, runs in a session of its own, as systemd starts them: by session the
+kernel shares the CPUs where sched_autogroup is on. The clients share the benchmark's session.
 """
 
 
@@ -340,7 +345,7 @@ def print_table(runs):
     print(LEGEND)
     print_row("", [*COLUMNS, "ratio"])
     for run in runs:
-        title = "  beside" if run.this else run.case.name
+        title = f"  beside {Path(run.checkout).name}" if run.this else run.case.name
         values = [run.summary(*column) for column in COLUMNS.values()]
         values.append(run.ratio())
         print_row(title, map(shown, values))
@@ -379,7 +384,9 @@ def parse_arguments():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=3, help="of each run")
     parser.add_argument("--only", default="", metavar="REGEX", help=f"cases, of: {names}")
-    parser.add_argument("--beside", type=os.path.abspath, help="another checkout's directory")
+    parser.add_argument(
+        "--beside", metavar="DIRECTORY", type=os.path.abspath, action="append", default=[],
+        help="another checkout; may be given several times")
     return parser.parse_args()
 
 
@@ -410,16 +417,19 @@ def main():
     prepare_process()
     cases = [case for case in CASES if re.search(options.only, case.name)]
     runs = list(planned_runs(cases, options.beside))
+    order = []
+    for turn in range(options.rounds):
+        order += runs if turn % 2 == 0 else reversed(runs)
     with contextlib.ExitStack() as stack:
         folder = tempfile.TemporaryDirectory(prefix="idpot-bench-", dir="/var/tmp")
         path = Path(stack.enter_context(folder))
         print_machine(path)
-        print(f"{options.rounds} rounds of {options.seconds} s: {HERE}, beside {options.beside}")
+        print(f"{options.rounds} rounds of {options.seconds} s:", HERE, *options.beside)
         bench = Bench(path, options.seconds, Mariadb(stack, path / "mariadb"))
-        for turn in range(options.rounds):
-            for run in runs if turn % 2 == 0 else reversed(runs):
-                print(f"round {turn + 1}: {run.case.name}, {run.checkout}", file=sys.stderr)
-                run.samples.append(bench.figures(run.case, run.checkout))
+        for number, run in enumerate(order, 1):
+            progress = f"{number} of {len(order)}: {run.case.name}, {run.checkout}"
+            print(progress, file=sys.stderr)
+            run.samples.append(bench.figures(run.case, run.checkout))
     print_table(runs)
 
 
