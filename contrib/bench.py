@@ -34,6 +34,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -115,7 +116,7 @@ STORES = {
 
 
 class Idpot(Program):
-    """An idpot with a pot that has the folder's name."""
+    """An idpot with a pot that has the folder's name, and with the numbered ones of the case."""
 
     def __init__(self, stack, folder, checkout, case, database_port):
         settings = SERVER + STORES[case.store].format(port=database_port)
@@ -126,7 +127,8 @@ class Idpot(Program):
         url, self.port = self.ready.groups()
         self.pot = folder.name
         self.url = f"{url}/id/{self.pot}"
-        post(f"{url}/pot/create", f"name={self.pot}")
+        for number in "", *range(1, case.pots + 1):
+            post(f"{url}/pot/create", f"name={self.pot}{number}")
 
     def connect(self):
         return socket.create_connection(("127.0.0.1", self.port), 30)
@@ -140,8 +142,18 @@ def post(url, form=""):
 
 # Loads: each returns the figures of one run, rate per second and times in milliseconds ----------
 
+# What the case says of `form`, `pause` and `pots` stands before it.
 WRK_SCRIPT = """
 wrk.method = "POST"
+if form ~= "" then wrk.body = form end
+if pause > 0 then function delay() return pause end end
+if pots > 0 then
+   local requests = {}
+   function init()
+      for pot = 1, pots do requests[pot] = wrk.format(nil, wrk.path .. pot) end
+   end
+   function request() return requests[math.random(pots)] end
+end
 
 function done(summary, latency)
    local errors = summary.errors
@@ -157,7 +169,8 @@ end
 def wrk(bench, idpot, case):
     """Clients that ask as the case says."""
     script = bench.folder / "wrk.lua"
-    script.write_text(WRK_SCRIPT)
+    asked = f'form, pause, pots = "{case.form}", {case.pause}, {case.pots}\n'
+    script.write_text(asked + WRK_SCRIPT)
     command = ["wrk", "-t1", f"-c{case.clients}", f"-d{bench.seconds}s", "--timeout=10s"]
     command += [f"-s{script}", f"--header={case.header}"]
     text = output(*command, idpot.url + case.query)
@@ -179,6 +192,29 @@ def read_view(bench, idpot, case):
     last = seconds[-1]
     last["last/1st"] = last["rate"] / seconds[0]["rate"]
     return last
+
+
+def beside_busy(bench, idpot, case):
+    """Beside a process that is always busy, bound to the first CPU."""
+    loop = ["sh", "-c", "echo busy; while :; do :; done"]
+    with contextlib.ExitStack() as stack:
+        Program(stack, ["taskset", "-c", "0", *loop], bench.folder, "busy")
+        return wrk(bench, idpot, case)
+
+
+def beside_quick(bench, idpot, case):
+    """A slow client, a request each 5 ms, beside quick ones: its times, and their rate."""
+    request = f"POST /id/{idpot.pot} HTTP/1.1\r\nHost: bench\r\n\r\n".encode()
+    times = []
+    with ThreadPoolExecutor(1) as pool, idpot.connect() as connection:
+        quick = pool.submit(wrk, bench, idpot, case)
+        while not quick.done():
+            time.sleep(0.005)
+            before = time.perf_counter()
+            connection.sendall(request)
+            connection.recv(4096)
+            times.append(time.perf_counter() - before)
+    return quick.result() | percentiles(times)
 
 
 def percentiles(times):
@@ -223,9 +259,14 @@ class Case(NamedTuple):
     store: str = "MyISAM"
     load: Callable = wrk
     query: str = ""
+    form: str = ""
     header: str = ""
     ids: int = 1  # that a request asks for
+    pause: int = 0  # milliseconds between an answer and the client's next request
+    pots: int = 0  # of which each request asks one at random; 0: all ask the same one
 
+
+FORM = "Content-Type: application/x-www-form-urlencoded"
 
 CASES = [
     Case("myisam-direct-loop", load=direct_loop),
@@ -239,9 +280,22 @@ CASES = [
     Case("innodb-c256", 256, "InnoDB"),
     Case("innodb-c10-read-view-8s", 10, "InnoDB", read_view),
     Case("sqlite-c1", 1, "SQLite"),
+    Case("sqlite-c10", 10, "SQLite"),
     Case("sqlite-c64", 64, "SQLite"),
+    Case("16-pots-myisam-c64", 64, pots=16),
+    Case("200-pots-myisam-c1", 1, pots=200),
+    Case("200-pots-myisam-c10", 10, pots=200),
+    Case("200-pots-myisam-c64", 64, pots=200),
+    Case("200-pots-myisam-c256", 256, pots=200),
+    Case("200-pots-innodb-c64", 64, "InnoDB", pots=200),
+    Case("200-pots-sqlite-c64", 64, "SQLite", pots=200),
+    Case("pause-2-ms-c64", 64, pause=2),
+    Case("pause-2-ms-c256", 256, pause=2),
+    Case("slow-client-beside-c32", 32, load=beside_quick),
+    Case("busy-process-beside-c1", load=beside_busy),
     Case("new-connections-c1", 1, header="Connection: close"),
     Case("new-connections-c10", 10, header="Connection: close"),
+    Case("form-count-2-c64", 64, form="count=2", header=FORM, ids=2),
     Case("count-1000-c8", 8, query="?count=1000", ids=1000),
     Case("range-100000-c8", 8, query="?range=100000", ids=100000),
     Case("idle", 0, load=silence),
@@ -253,7 +307,7 @@ CASES = [
 def gives(idpot, case):
     """Whether this version answers the case's request with as many IDs as it asks for."""
     try:
-        ids = post(idpot.url + case.query).split()
+        ids = post(idpot.url + case.query, case.form).split()
     except urllib.error.HTTPError:
         return False
     return int(ids[-1]) - int(ids[0]) + 1 == case.ids
