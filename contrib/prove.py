@@ -13,10 +13,10 @@ lost connections are counted, and asked again. After the time, or at Ctrl-C, the
     the greatest ID is 42,443,873, the longest wait for an answer was 0.320 s
     kept: no ID came twice, each is greater than all that were answered before it was asked for
 
-Exit codes: 0 as above; 1 where an answer breaks the promise (the two that contradict each other are
-shown, and the proof ends there) and where there was no answer at all; 2 wrong usage. The pot is
-created if it is not there; where an AdminToken is set, that needs this one. It needs only Python,
-and runs on one machine: its clock says what came before what.
+Exit codes: 0 as above; 1 where an answer breaks the promise (it is none of the IDs 1 to 2^64-1, or
+two contradict each other: they are shown, and the proof ends there) and where there was no answer
+at all; 2 wrong usage. The pot is created if it is not there; where an AdminToken is set, that needs
+this one. It needs only Python, and runs on one machine: its clock says what came before what.
 """
 
 import argparse
@@ -35,6 +35,7 @@ import urllib.parse
 TIMEOUT = 20    # seconds without an answer, then a connection is lost; idpot answers within 10
 PAUSE = 0.05    # seconds before a client that was not served asks again
 WINDOW = 1.0    # seconds of answers that are checked at once
+MAX_ID = 2**64 - 1
 LOST = "connection lost"
 WRONG = "wrong answer"
 
@@ -185,7 +186,8 @@ class Client(threading.Thread):
             return status, 0
         digits = re.match(rb"[0-9]{1,20}", body)
         first = int(digits[0]) if digits else 0
-        if body != right_body(field, count, first):
+        valid = 1 <= first <= MAX_ID - count + 1
+        if not valid or body != right_body(field, count, first):
             asked = query[1:] or "one ID"
             return f"{WRONG} where {asked} was asked for: {body[:80]!r}", 0
         return 200, first
@@ -218,7 +220,7 @@ class Proof:
             client = Client(connection, pot, number, self.seen, stopped)
             self.clients.append(client)
         self.history = GrowingHistory()
-        self.violations = []
+        self.broken = []        # for each violation the lines that show it
         self.statuses = collections.Counter()
         self.ids = 0
         self.greatest = 0
@@ -232,7 +234,7 @@ class Proof:
         for client in self.clients:
             client.start()
         checked = since = 0.0
-        while since < math.inf and not self.wrong():
+        while since < math.inf and not self.broken:
             time.sleep(WINDOW / 5)
             if self.seconds() > seconds:
                 self.stopped.set()
@@ -247,10 +249,15 @@ class Proof:
     def check(self, moment):
         """Checks and counts what was seen; all that is still to come began after the moment."""
         answers = [self.seen.popleft() for _ in range(len(self.seen))]
-        self.violations += self.history.add(answers, moment)
+        for kind, earlier, later in self.history.add(answers, moment):
+            self.broken.append([BROKEN[kind], self.told(earlier), self.told(later)])
         for answer in answers:
-            self.statuses[answer.status] += 1
-            if answer.status != 200:
+            status = answer.status
+            if str(status).startswith(WRONG):
+                self.broken.append([status])
+                status = WRONG
+            self.statuses[status] += 1
+            if status != 200:
                 continue
             self.ids += answer.last - answer.first + 1
             self.greatest = max(self.greatest, answer.last)
@@ -259,22 +266,23 @@ class Proof:
 
     def figures(self):
         answers = self.statuses[200]
-        refused = []
-        for status, count in self.statuses.most_common():
-            if status != 200:
-                refused.append(f"{status} {count:,} times")
+        counts = self.statuses.most_common()
+        refused = [f"{status} {count:,} times" for status, count in counts if status != 200]
         return (
             f"{answers:,} answers ({answers / self.seconds():,.0f}/s) with {self.ids:,} IDs; "
             f"not served: {', '.join(refused) or 'none'}"
         )
 
-    def wrong(self):
-        """Lines that show what breaks the promise: wrong answers, and pairs of answers."""
-        lines = [status for status in self.statuses if str(status).startswith(WRONG)]
-        for kind, earlier, later in self.violations[:3]:
-            lines.append(BROKEN[kind])
-            lines.append(self.told(earlier))
-            lines.append(self.told(later))
+    def shown(self):
+        """The first violations, in three lines at most, and a line that says how many more."""
+        lines = []
+        violations = 0
+        for violation in self.broken:
+            if len(lines + violation) <= 3:
+                lines += violation
+                violations += 1
+        if violations < len(self.broken):
+            lines.append(f"and {len(self.broken) - violations:,} more")
         return lines
 
     def told(self, answer):
@@ -364,8 +372,7 @@ def main():
             signal.signal(number, lambda *_: stopped.set())
         proof = Proof(connections, pot, stopped)
         proof.run(options.seconds)
-        wrong = proof.wrong()
-        if not proof.statuses[200] and not wrong:
+        if not proof.statuses[200] and not proof.broken:
             raise Failure(f"there was no answer with an ID; {proof.figures()}")
     except Failure as failure:
         print(f"prove.py: {url}: {failure}", file=sys.stderr)
@@ -376,8 +383,8 @@ def main():
         f"the greatest ID is {proof.greatest:,}, "
         f"the longest wait for an answer was {proof.longest:.3f} s"
     )
-    print("\n".join(wrong or [KEPT]))
-    return 1 if wrong else 0
+    print("\n".join(proof.shown() or [KEPT]))
+    return 1 if proof.broken else 0
 
 
 if __name__ == "__main__":
