@@ -2692,7 +2692,6 @@ for number in range(1, 1001):
 
 @pytest.mark.parametrize("history", [
     pytest.param(CLEAN_RUN, id="clean"),
-    pytest.param(CLEAN_RUN, id="clean"),
     pytest.param([*CLEAN_RUN, Answer(500, 501, 20, 20, status=503)], id="a 503 has no IDs"),
     pytest.param([Answer(0, 2, 2, 2), Answer(1, 3, 1, 1)], id="overlapping in time"),
     pytest.param([Answer(0, 1, 5, 9), Answer(1, 2, 1, 4)], id="asked for when the other ended"),
@@ -2719,6 +2718,8 @@ def test_checker_accepts(history):
                  [("repeat", 0, 1)], id="range inside a range"),
     pytest.param([Answer(0, 1, 7, 8), Answer(0, 5, 9, 9), Answer(2, 3, 5, 5), Answer(4, 5, 6, 6)],
                  [("order", 0, 2), ("order", 0, 3)], id="order inversion"),
+    pytest.param([Answer(0, 1, 5, 5), Answer(0, 1, 0, 999, status=503), Answer(2, 3, 5, 5)],
+                 [("repeat", 0, 2)], id="after a refused range"),
     pytest.param([*CLEAN_RUN, Answer(500, 501, 20, 20)],
                  [("repeat", 1, 1000), ("order", 495, 1000)], id="planted in a long one"),
 ])

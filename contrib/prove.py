@@ -110,7 +110,7 @@ class GrowingHistory:
 
     def add(self, answers, moment):
         """Returns the violations; whatever is still to come was asked for after the moment."""
-        self.kept.extend(answers)
+        self.kept += [answer for answer in answers if answer.status == 200]
         violations = check_history(self.kept)
         past = [answer for answer in self.kept if answer.end < moment]
         self.kept = [answer for answer in self.kept if answer.end >= moment]
