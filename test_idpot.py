@@ -3971,6 +3971,16 @@ class TestProof:
         assert code == 1
         assert re.search(r"\nwrong answer where (one ID|\w+=\d+) was asked for: b'-5", text)
 
+    def test_prove_tells_how_far_it_is(self, monkeypatch, capsys):
+        progress = prove.Progress()
+        progress.due -= 10      # seconds
+        progress.show("a line")
+        progress.show("too early for another")
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((40, 24)))
+        progress.show("x" * 99)
+        assert capsys.readouterr().err == "a line\n\r\033[K" + "x" * 39
+
     @pytest.mark.parametrize("arguments, code, message", [
         ([], 2, "prove.py: error: the following arguments are required: URL\n"),
         (["127.0.0.1:8080"], 2,

@@ -24,6 +24,7 @@ import collections
 import contextlib
 import http.client
 import math
+import os
 import random
 import re
 import signal
@@ -233,6 +234,7 @@ class Proof:
         """Returns when the time is over, or `stopped` is set, or something is wrong."""
         for client in self.clients:
             client.start()
+        progress = Progress()
         checked = since = 0.0
         while since < math.inf and not self.broken:
             time.sleep(WINDOW / 5)
@@ -243,8 +245,8 @@ class Proof:
             if since > checked + WINDOW:
                 checked = since
                 self.check(since)
-                show_progress(f"{self.seconds():.0f} s: {self.figures()}")
-        show_progress("")
+                progress.show(f"{self.seconds():.0f} s: {self.figures()}")
+        progress.show("")
 
     def check(self, moment):
         """Checks and counts what was seen; all that is still to come began after the moment."""
@@ -297,9 +299,19 @@ class Proof:
         )
 
 
-def show_progress(text):
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+class Progress:
+    """On stderr: a line that is rewritten on a terminal, elsewhere a line each ten seconds."""
+
+    def __init__(self):
+        self.due = time.monotonic() + 10
+
+    def show(self, text):
+        if sys.stderr.isatty():
+            columns = os.get_terminal_size(2).columns
+            print(f"\r\033[K{text[:columns - 1]}", end="", file=sys.stderr, flush=True)
+        elif text and time.monotonic() > self.due:
+            self.due += 10
+            print(text, file=sys.stderr, flush=True)
 
 
 def prepare(connection, pot):
