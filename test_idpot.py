@@ -3850,14 +3850,17 @@ def run_prove(*arguments):
 
 
 class FaultyServer(http.server.ThreadingHTTPServer):
-    """Answers as idpot does, from a counter that a fault of the test changes."""
+    """Answers as idpot does, from a counter for each pot, but for the lies of the test."""
     request_queue_size = 100
 
-    def __init__(self, fault):
+    def __init__(self, counter=lambda n, last, count: last, body=bytes):
         super().__init__(("127.0.0.1", 0), FaultyHandler)
-        self.fault = fault      # called with the number of the request
+        self.counter = counter  # what was the pot's last ID, when it is asked the n-th time?
+        self.body = body        # what becomes of the right answer?
         self.lock = threading.Lock()
-        self.counter = self.requests = 0
+        self.requests = collections.Counter()
+        self.last = collections.Counter()
+        self.url = f"http://127.0.0.1:{self.server_port}"
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -3867,12 +3870,12 @@ class FaultyServer(http.server.ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
-    def take(self, count):
-        """Returns the first ID of as many."""
+    def take(self, pot, count):
         with self.lock:
-            self.requests += 1
-            self.counter += self.fault(self.requests) + count
-            return self.counter - count + 1
+            self.requests[pot] += 1
+            last = self.counter(self.requests[pot], self.last[pot], count)
+            self.last[pot] = last + count
+            return last + 1
 
 
 class FaultyHandler(http.server.BaseHTTPRequestHandler):
@@ -3883,9 +3886,10 @@ class FaultyHandler(http.server.BaseHTTPRequestHandler):
         self.answer(204, b"")
 
     def do_POST(self):
-        field, _, count = self.path.partition("?")[2].partition("=")
-        count = int(count or 1)
-        self.answer(200, prove.right_body(field, count, self.server.take(count)))
+        pot, _, query = self.path.partition("?")
+        field, _, count = query.partition("=")
+        first = self.server.take(pot, int(count or 1))
+        self.answer(200, self.server.body(prove.right_body(field, int(count or 1), first)))
 
     def answer(self, status, body):
         self.send_response(status)
@@ -3949,27 +3953,15 @@ class TestProof:
         assert code == 0, text
         assert re.search(r"; not served: connection lost [0-9]+ times\n", text)
 
-    @pytest.mark.parametrize("fault", [
-        lambda requests: -1 if requests == 700 else 0,
-        lambda requests: -100_000 if requests == 3000 else 0,
-    ], ids=["one ID again", "back after a while"])
-    def test_prove_shows_the_two_answers_that_contradict_each_other(self, fault):
-        with FaultyServer(fault) as server:
-            url = f"http://127.0.0.1:{server.server_port}"
-            code, text = run_prove(url, "--seconds=20", "--clients=8")
-        assert code == 1, text
-        one = (r"    (\d+)(?: to (\d+))?, to client \d, "
-               r"which asked at \S+ s and was answered at \S+ s\n")
-        first, last, other_first, _ = re.search(f"BROKEN: .*\n{one}{one}", text).groups()
-        assert int(other_first) <= int(last or first)
-        assert "kept:" not in text
-
-    def test_prove_shows_an_answer_that_is_not_what_was_asked_for(self):
-        with FaultyServer(lambda requests: 0) as server:
-            server.take = lambda count: -5
-            code, text = run_prove(f"http://127.0.0.1:{server.server_port}", "--clients=1")
+    @pytest.mark.parametrize("last, line", [
+        (41, r"BROKEN: an ID came twice: 42 to \d+ of prove, .*; 42 to \d+ of prove, .*"),
+        (-6, r"wrong answer where (one ID|\w+=\d+) was asked for: b'-5.*'"),
+    ])
+    def test_prove_shows_three_violations_and_says_how_many_more(self, last, line):
+        with FaultyServer(lambda *_: last) as server:
+            code, text = run_prove(server.url, "--clients=8")
         assert code == 1
-        assert re.search(r"\nwrong answer where (one ID|\w+=\d+) was asked for: b'-5", text)
+        assert re.fullmatch(rf"(.*\n){{3}}({line}\n){{3}}and [0-9,]+ more\n", text), text
 
     def test_prove_tells_how_far_it_is(self, monkeypatch, capsys):
         progress = prove.Progress()
@@ -3980,6 +3972,13 @@ class TestProof:
         monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((40, 24)))
         progress.show("x" * 99)
         assert capsys.readouterr().err == "a line\n\r\033[K" + "x" * 39
+
+    def test_prove_takes_the_same_ids_from_several_pots(self):
+        with FaultyServer() as server:
+            code, text = run_prove(server.url, "--pots=3", "--seconds=1", "--clients=8")
+        assert code == 0, text
+        assert f'8 clients, pots "prove-1" to "prove-3" at {server.url}\n' in text
+        assert sorted(server.last) == ["/id/prove-1", "/id/prove-2", "/id/prove-3"]
 
     @pytest.mark.parametrize("arguments, code, message", [
         ([], 2, "prove.py: error: the following arguments are required: URL\n"),

@@ -2,11 +2,12 @@
 """Puts an idpot to the proof: no ID comes twice, each is greater than all that came before it.
 
     python3 contrib/prove.py http://127.0.0.1:8080
-    python3 contrib/prove.py https://ids.example.org --pot proof --seconds 600 --token T
+    python3 contrib/prove.py https://ids.example.org --pots 200 --seconds 600 --token T
 
-Many clients take IDs, single ones, by count= and by range=, over connections that they keep.
-Meanwhile kill, stop, restart, cut off or fail over whatever the IDs have to survive: refusals and
-lost connections are counted, and asked again. After the time, or at Ctrl-C, the figures follow:
+Many clients take IDs, single ones, by count= and by range=, over connections that they keep: with
+--pots each from one of them at random, as a server may serve those together that wait. Meanwhile
+kill, stop, restart, cut off or fail over whatever the IDs have to survive: refusals and lost
+connections are counted, and asked again. After the time, or at Ctrl-C, the figures follow:
 
     60 s, 64 clients, pot "prove" at http://127.0.0.1:8080
     475,287 answers (7,881/s) with 42,443,871 IDs; not served: connection lost 1,870 times
@@ -15,7 +16,7 @@ lost connections are counted, and asked again. After the time, or at Ctrl-C, the
 
 Exit codes: 0 as above; 1 where an answer breaks the promise (it is none of the IDs 1 to 2^64-1, or
 two contradict each other: they are shown, and the proof ends there) and where there was no answer
-at all; 2 wrong usage. The pot is created if it is not there; where an AdminToken is set, that needs
+at all; 2 wrong usage. A pot that is not there is created; where an AdminToken is set, that needs
 this one. It needs only Python, and runs on one machine: its clock says what came before what.
 """
 
@@ -43,7 +44,7 @@ WRONG = "wrong answer"
 KEPT = "kept: no ID came twice, each is greater than all that were answered before it was asked for"
 BROKEN = {
     "repeat": "BROKEN: an ID came twice",
-    "order": "BROKEN: the first, which is greater, was answered before the second was asked for",
+    "order": "BROKEN: the first is greater, and was answered before the second was asked for",
 }
 
 # What a client asks for, one of these at a time: the field and the number of IDs.
@@ -55,14 +56,14 @@ ASKS = [
 
 # The times are time.monotonic(), the IDs are first to last, the status is 200 where there are any.
 Answer = collections.namedtuple(
-    "Answer", "start end first last status client", defaults=(200, 0),
+    "Answer", "start end first last status client pot", defaults=(200, 0, ""),
 )
 
 
 # -------------------------------------------------------------------------------------- the checker
 
 def check_history(history):
-    """Returns the violations as (kind, earlier answer, later answer), in O(n log n).
+    """Returns one pot's violations as (kind, earlier answer, later answer), in O(n log n).
 
     "repeat": an ID stands in both answers. "order": the later one was asked for after the earlier
     one had ended, and has a smaller ID.
@@ -97,7 +98,7 @@ def inversions(answers):
 
 
 class GrowingHistory:
-    """Checks a history window by window, and keeps only what later answers can contradict.
+    """Checks one pot's history window by window, and keeps only what later answers can contradict.
 
     Once it is known that all answers to come were asked for after some moment, of all the answers
     that ended before it the one with the greatest ID is enough: an answer to come with an ID of a
@@ -154,10 +155,10 @@ class Connection:
 class Client(threading.Thread):
     """Asks for IDs until it is told to stop; what it saw of each request goes into `seen`."""
 
-    def __init__(self, connection, pot, number, seen, stopped):
+    def __init__(self, connection, pots, number, seen, stopped):
         super().__init__(daemon=True)
         self.connection = connection
-        self.pot = pot
+        self.pots = pots
         self.number = number
         self.seen = seen
         self.stopped = stopped
@@ -165,22 +166,24 @@ class Client(threading.Thread):
 
     def run(self):
         while not self.stopped.is_set():
+            pot = random.choice(self.pots)
             field, count = random.choice(ASKS)
             start = time.monotonic()
             self.asking_since = start
-            status, first = self.ask(field, count)
+            status, first = self.ask(pot, field, count)
             end = time.monotonic()
-            self.seen.append(Answer(start, end, first, first + count - 1, status, self.number))
+            last = first + count - 1
+            self.seen.append(Answer(start, end, first, last, status, self.number, pot))
             if status != 200:
                 self.stopped.wait(PAUSE)
         self.connection.close()
         self.asking_since = math.inf
 
-    def ask(self, field, count):
+    def ask(self, pot, field, count):
         """Returns 200 and the first ID, or another status, or a text, and 0."""
         query = f"?{field}={count}" if field else ""
         try:
-            status, body = self.connection.ask("POST", f"/id/{self.pot}{query}")
+            status, body = self.connection.ask("POST", f"/id/{pot}{query}")
         except OSError:
             return LOST, 0
         if status != 200:
@@ -212,16 +215,16 @@ class Failure(Exception):
 class Proof:
     """Runs the clients, checks what they saw, and counts it."""
 
-    def __init__(self, connections, pot, stopped):
+    def __init__(self, connections, pots, stopped):
         self.began = time.monotonic()
         self.stopped = stopped
         self.seen = collections.deque()
         self.clients = []
         for number, connection in enumerate(connections):
-            client = Client(connection, pot, number, self.seen, stopped)
+            client = Client(connection, pots, number, self.seen, stopped)
             self.clients.append(client)
-        self.history = GrowingHistory()
-        self.broken = []        # for each violation the lines that show it
+        self.histories = collections.defaultdict(GrowingHistory)    # of each pot
+        self.broken = []        # a line for each violation
         self.statuses = collections.Counter()
         self.ids = 0
         self.greatest = 0
@@ -251,20 +254,22 @@ class Proof:
     def check(self, moment):
         """Checks and counts what was seen; all that is still to come began after the moment."""
         answers = [self.seen.popleft() for _ in range(len(self.seen))]
-        for kind, earlier, later in self.history.add(answers, moment):
-            self.broken.append([BROKEN[kind], self.told(earlier), self.told(later)])
+        by_pot = collections.defaultdict(list)
         for answer in answers:
+            by_pot[answer.pot].append(answer)
             status = answer.status
             if str(status).startswith(WRONG):
-                self.broken.append([status])
+                self.broken.append(status)
                 status = WRONG
             self.statuses[status] += 1
             if status != 200:
                 continue
             self.ids += answer.last - answer.first + 1
             self.greatest = max(self.greatest, answer.last)
-            waited = answer.end - answer.start
-            self.longest = max(self.longest, waited)
+            self.longest = max(self.longest, answer.end - answer.start)
+        for pot, of_pot in by_pot.items():
+            for kind, earlier, later in self.histories[pot].add(of_pot, moment):
+                self.broken.append(f"{BROKEN[kind]}: {self.told(earlier)}; {self.told(later)}")
 
     def figures(self):
         answers = self.statuses[200]
@@ -275,28 +280,11 @@ class Proof:
             f"not served: {', '.join(refused) or 'none'}"
         )
 
-    def shown(self):
-        """The first violations, in three lines at most, and a line that says how many more."""
-        lines = []
-        violations = 0
-        for violation in self.broken:
-            if len(lines + violation) <= 3:
-                lines += violation
-                violations += 1
-        if violations < len(self.broken):
-            lines.append(f"and {len(self.broken) - violations:,} more")
-        return lines
-
     def told(self, answer):
-        ids = str(answer.first)
-        if answer.last > answer.first:
-            ids += f" to {answer.last}"
         asked = answer.start - self.began
         answered = answer.end - self.began
-        return (
-            f"    {ids}, to client {answer.client}, which asked at {asked:.6f} s "
-            f"and was answered at {answered:.6f} s"
-        )
+        times = f"from {asked:.6f} to {answered:.6f} s"
+        return f"{answer.first} to {answer.last} of {answer.pot}, client {answer.client}, {times}"
 
 
 class Progress:
@@ -362,6 +350,9 @@ def parse_arguments():
         "--pot", metavar="NAME", type=pot_name, default="prove",
         help="to take the IDs from; it is created if it is not there (%(default)s)")
     parser.add_argument(
+        "--pots", metavar="N", type=whole_number, default=1,
+        help="take them from as many, NAME-1 to NAME-N, at random")
+    parser.add_argument(
         "--seconds", metavar="N", type=whole_number, default=60,
         help="that the proof takes (%(default)s)")
     parser.add_argument(
@@ -375,27 +366,33 @@ def parse_arguments():
 def main():
     """Returns the exit code."""
     options = parse_arguments()
-    url, pot = options.url, options.pot
+    url = options.url
+    pots = [options.pot]
+    title = f'pot "{options.pot}"'
+    if options.pots > 1:
+        pots = [f"{options.pot}-{number}" for number in range(1, options.pots + 1)]
+        title = f'pots "{pots[0]}" to "{pots[-1]}"'
     connections = [Connection(url, options.token) for _ in range(options.clients)]
     stopped = threading.Event()
     try:
-        prepare(connections[0], pot)
+        for pot in pots:
+            prepare(connections[0], pot)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopped.set())
-        proof = Proof(connections, pot, stopped)
+        proof = Proof(connections, pots, stopped)
         proof.run(options.seconds)
         if not proof.statuses[200] and not proof.broken:
             raise Failure(f"there was no answer with an ID; {proof.figures()}")
     except Failure as failure:
         print(f"prove.py: {url}: {failure}", file=sys.stderr)
         return 1
-    print(f'{proof.seconds():.0f} s, {options.clients} clients, pot "{pot}" at {url}')
+    print(f'{proof.seconds():.0f} s, {options.clients} clients, {title} at {url}')
     print(proof.figures())
-    print(
-        f"the greatest ID is {proof.greatest:,}, "
-        f"the longest wait for an answer was {proof.longest:.3f} s"
-    )
-    print("\n".join(proof.shown() or [KEPT]))
+    longest = f"{proof.longest:.3f} s"
+    print(f"the greatest ID is {proof.greatest:,}, the longest wait for an answer was {longest}")
+    print("\n".join(proof.broken[:3] or [KEPT]))
+    if proof.broken[3:]:
+        print(f"and {len(proof.broken) - 3:,} more")
     return 1 if proof.broken else 0
 
 
