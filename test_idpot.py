@@ -3953,6 +3953,36 @@ class TestProof:
         assert code == 0, text
         assert re.search(r"; not served: connection lost [0-9]+ times\n", text)
 
+    @pytest.mark.parametrize("lie", [
+        pytest.param({"counter": lambda n, last, count: last - (n == 99)}, id="an ID again"),
+        pytest.param({"counter": lambda n, last, count: last * (n != 99)}, id="back to the start"),
+        pytest.param({"counter": lambda n, last, count: last - (count > 1)}, id="lists overlap"),
+        pytest.param({"counter": lambda n, last, count: last - 9**9 * (-1) ** n}, id="two blocks"),
+        pytest.param({"counter": lambda n, last, count: last - (n == 1)}, id="0"),
+        pytest.param({"counter": lambda n, last, count: last + 2**64 * (n == 99)}, id="2^64"),
+        pytest.param({"counter": lambda n, last, count:     # once, then there is no answer
+                      (last, 2**64 - 2)[count > 1] // (last < 2**63)}, id="a list across 2^64"),
+        pytest.param({"body": lambda body: b"none"}, id="text"),
+        pytest.param({"body": lambda body: b"+" + body}, id="plus sign"),
+        pytest.param({"body": lambda body: b"0" + body}, id="leading zero"),
+        pytest.param({"body": lambda body: body + b" "}, id="trailing blank"),
+        pytest.param({"body": lambda body: body.strip() + b"\n"}, id="newline after one ID"),
+        pytest.param({"body": lambda body: body.replace(b"\n", b"\r\n")}, id="carriage return"),
+        pytest.param({"body": lambda body: body.replace(b"\t", b" ")}, id="range without a tab"),
+        pytest.param({"body": lambda body: body.replace(b"\t", b"\t1")}, id="range ends late"),
+        pytest.param({"body": lambda body: body[body.find(b"\n", 0, -1) + 1:]}, id="one too few"),
+        pytest.param({"body": lambda body: re.sub(rb"\n(\d+)\n$", rb"\n\g<1>0\n", body)}, id="gap"),
+        pytest.param({"body": lambda body: b"".join(body.splitlines(True)[::-1])}, id="descending"),
+    ])
+    def test_prove_finds(self, lie, monkeypatch):
+        monkeypatch.setattr(prove, "WINDOW", 0.1)
+        with FaultyServer(**lie) as server:
+            connections = [prove.Connection(server.url, None) for _ in range(8)]
+            proof = prove.Proof(connections, ["a", "b"], threading.Event())
+            proof.run(5)
+            proof.stopped.set()
+        assert proof.broken
+
     @pytest.mark.parametrize("last, line", [
         (41, r"BROKEN: an ID came twice: 42 to \d+ of prove, .*; 42 to \d+ of prove, .*"),
         (-6, r"wrong answer where (one ID|\w+=\d+) was asked for: b'-5.*'"),
