@@ -14,6 +14,11 @@ setup(
     description="Serial 64-bit IDs over HTTP, from MySQL, MariaDB or SQLite",
     long_description=readme,
     long_description_content_type="text/x-rst",
+    project_urls={
+        "Source": "https://example.org/idpot",
+        "Issues": "https://example.org/idpot/issues",
+        "Security": "mailto:security@example.org",
+    },
     license_expression="MIT",
     license_files=["LICENSE"],
     keywords=["serial ID", "sequence", "counter", "ticket server", "MySQL", "MariaDB", "SQLite"],
