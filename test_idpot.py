@@ -4727,8 +4727,9 @@ def test_galera_a_node_donates_one_dies_and_joins_again_and_one_hangs(galera, ru
         load.recover()
         a.start()
         load.recover()
+        wait_until(a.writes, 60)    # it has joined: without it and b the others have no quorum
         b.signal(signal.SIGSTOP)
-        wait_until(c.writes, 20)    # how long the others wait for it is Galera's time, not idpot's
+        wait_until(c.writes, 60)    # how long the others wait for it is Galera's time, not idpot's
         load.recover()
         b.signal(signal.SIGCONT)
     load.verdict(c.sql("SELECT id FROM idpot.pot_cluster")[0][0])
