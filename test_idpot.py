@@ -4647,7 +4647,7 @@ class GaleraNode(Database):
 
 
 @pytest.fixture(scope="module")
-def galera():
+def galera_nodes():
     """Three nodes."""
     if "IDPOT_TEST_MYSQLD" in os.environ:
         pytest.skip("Galera belongs to MariaDB, and IDPOT_TEST_MYSQLD names another server")
@@ -4661,6 +4661,14 @@ def galera():
             nodes.append(GaleraNode(number, ports))
             stack.callback(nodes[-1].remove)
         yield nodes
+
+
+@pytest.fixture
+def galera(galera_nodes):
+    """Three nodes, each of which takes writes, whatever the test before has done to them."""
+    for node in galera_nodes:
+        wait_until(node.writes, 90)
+    return galera_nodes
 
 
 def on_cluster(nodes, engine="InnoDB"):
