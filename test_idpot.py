@@ -3591,7 +3591,7 @@ class Load:
         return self.issued()
 
     def recover(self):
-        """Waits until each client is served, within 5 s, and for 200 answers more."""
+        """Waits until each client is served, within 15 s, and for 200 answers more."""
         since = time.monotonic()
         firsts = wait_until(lambda: self.served_since(since), 20)
         self.recovered = max(firsts)
