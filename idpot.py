@@ -677,7 +677,8 @@ class Store:
         wants: (pot, count, floor) for each; count is added to the counter, or to the floor, the
         highest number that this server gave or told of the pot, where that is higher. Where there
         are several, they share what a call costs, and any trouble of one is raised as that of all:
-        nothing counts then, and each is to be taken by itself. Raises NotFound or Exhausted, too.
+        no value may be answered then, though counters may have moved; each is to be taken by
+        itself. Raises NotFound or Exhausted, too.
         """
 
     def current(self, pot):
@@ -1217,7 +1218,7 @@ class MysqlStore(Store):
         given = self._update([pot for pot, _, _ in order], [
             f"IF(id BETWEEN {floor} AND {MAX_ID - count}{asks}, LAST_INSERT_ID(id + {count}), id)"
             for _, count, floor in order])
-        # Of several it is asked behind their COMMIT, once, which takes a quarter off their time.
+        # Of several it is asked once, behind their COMMIT, which could have waited meanwhile.
         if asks != writable and not self._run((), f"SELECT 1 FROM DUAL WHERE TRUE{writable}"):
             raise Retry(f"{CANNOT}: it has become read-only (error 1290)")
         if 0 in given:      # which is no ID
