@@ -382,14 +382,15 @@ METRICS = {     # name -> (type, help)
 
 class Metrics:
     """What /metrics tells, counted since the start."""
-    BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+    BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10,
+               math.inf)
     COUNTED = ("idpot_ids_issued_total", "idpot_db_statements_total", "idpot_db_seconds_total",
                "idpot_db_retries_total", "idpot_http_request_duration_seconds_sum")
 
     def __init__(self):
         self._lock = threading.Lock()       # guards the next two
         self._counters = collections.Counter(dict.fromkeys(self.COUNTED, 0))    # by series
-        self._durations = [0] * (len(self.BUCKETS) + 1)     # requests by bucket; the last is above
+        self._within = [0] * len(self.BUCKETS)      # requests answered within so many seconds
         self._start = time.time()
 
     def add(self, series, amount=1):
@@ -403,19 +404,22 @@ class Metrics:
 
     def count(self, answers):
         """Counts answers, as the Writer has them."""
+        kinds = collections.Counter([(head.labels, status) for _, head, status, _, _ in answers])
+        times = sorted([seconds for _, _, _, _, seconds in answers])
         with self._lock:
-            for _, head, status, _, seconds in answers:
-                self._counters[f'idpot_http_requests_total{{{head.labels},code="{status}"}}'] += 1
-                self._counters["idpot_http_request_duration_seconds_sum"] += seconds
-                self._durations[bisect.bisect_left(self.BUCKETS, seconds)] += 1
+            for (labels, status), number in kinds.items():
+                self._counters[f'idpot_http_requests_total{{{labels},code="{status}"}}'] += number
+            self._counters["idpot_http_request_duration_seconds_sum"] += sum(times)
+            for at, limit in enumerate(self.BUCKETS):
+                self._within[at] += bisect.bisect_right(times, limit)
 
     def text(self, gauges):
         """The Prometheus text format, version 0.0.4; gauges: further series and their values."""
         histogram = "idpot_http_request_duration_seconds"
         with self._lock:
             series = {**self._counters, **gauges}
-            within = list(itertools.accumulate(self._durations))
-        for limit, count in zip([*self.BUCKETS, "+Inf"], within):
+            within = self._within[:]
+        for limit, count in zip([*self.BUCKETS[:-1], "+Inf"], within):
             series[f'{histogram}_bucket{{le="{limit}"}}'] = count
         series[f"{histogram}_count"] = within[-1]
         series[f'idpot_build_info{{version="{__version__}",python="{sys.version.split()[0]}"}}'] = 1
@@ -1360,18 +1364,16 @@ class Job:
         self.patience = patience
         self.start = monotonic()
         self._answered = threading.Lock()   # taken for good by the thread that answers
+        self.answered = self._answered.locked
 
     def finish(self, value=None, error=None, crowd=None):
         """Answers, unless that was done before."""
-        if self._answered.acquire(blocking=False):
+        if self._answered.acquire(False):
             self.answer(value, error, crowd)
 
     def expire(self):
         kind = type(self.trouble)       # says whether it may help to ask again
         self.finish(error=kind(f"{self.trouble} {self.patience:g} seconds"))
-
-    def answered(self):
-        return self._answered.locked()
 
 
 class Crowd:
@@ -2032,22 +2034,23 @@ FORM_FIELDS = {     # route -> what a POST there may have
 }
 
 
-@functools.lru_cache(maxsize=2048)
-def one_id(pot):
+@functools.lru_cache(maxsize=2048)      # clients repeat themselves
+def ids_wanted(pot, count=None, span=None):
+    """count and span: the texts of the fields count and range."""
+    if count is not None and span is not None:
+        raise BadRequest("count and range exclude each other")
+    if span is not None:
+        size = whole_number(span, 1, MAX_RANGE, "range")
+        return Question(pot, size, render=lambda last: b"%d\t%d\n" % (last - size + 1, last))
+    if count is not None:
+        size = whole_number(count, 1, MAX_COUNT, "count")
+        return Question(pot, size, render=lambda last: b"".join(
+            [b"%d\n" % one for one in range(last - size + 1, last + 1)]))
     return Question(pot, 1)
 
 
 def take_ids(head, fields):
-    if len(fields) == 2:
-        raise BadRequest("count and range exclude each other")
-    if "range" in fields:
-        count = whole_number(fields["range"], 1, MAX_RANGE, "range")
-        return Question(head.pot, count, render=lambda last: b"%d\t%d\n" % (last - count + 1, last))
-    if "count" in fields:
-        count = whole_number(fields["count"], 1, MAX_COUNT, "count")
-        return Question(head.pot, count, render=lambda last: b"".join(
-            [b"%d\n" % one for one in range(last - count + 1, last + 1)]))
-    return one_id(head.pot)
+    return ids_wanted(head.pot, fields.get("count"), fields.get("range"))
 
 
 def get_id(head, _):
@@ -2108,6 +2111,17 @@ def check_token(head, settings):
         raise Unauthorized(need)
 
 
+def parse_form(text):
+    """The fields of a form (URL Standard, 5.1) as pairs."""
+    try:
+        return parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=100)
+    except ValueError:
+        raise BadRequest("the form is not UTF-8, or has too many fields")
+
+
+short_form = functools.lru_cache(maxsize=2048)(parse_form)      # as short_head
+
+
 def form_fields(head, body):
     """The fields of the query and of the form, each at most once, and none that is unknown."""
     if head.method != "POST":
@@ -2116,10 +2130,7 @@ def form_fields(head, body):
         form = shown(head.form.decode("latin-1"))
         raise IdpotError(f"the body is {form}, not {FORM.decode()}", status=415)
     text = f"{head.query}&{body.decode('latin-1')}"
-    try:
-        pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=100)
-    except ValueError:
-        raise BadRequest("the form is not UTF-8, or has too many fields")
+    pairs = short_form(text) if len(text) <= SHORT else parse_form(text)
     known = FORM_FIELDS.get(head.route, ())
     here = f"here are {', '.join(known)}" if known else "there are none here"
     fields = {}
@@ -2188,15 +2199,16 @@ PLAIN = "text/plain; charset=utf-8"
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
-@functools.lru_cache(maxsize=64)
-def answer_beginning(status, form, header):
-    """The head of an answer but for its length; for the Date the cache is cleared every LOOK s."""
+@functools.lru_cache(maxsize=256)
+def answer_head(status, form, header, length):
+    """The head of an answer; because of its Date the cache is cleared every LOOK seconds."""
     phrase = http.HTTPStatus(status).phrase
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
-    if status != 204:
-        header = f"Content-Type: {form}\r\n{header}"
+    content = f"Content-Type: {form}\r\nContent-Length: {length}\r\n"
+    if status == 204:       # RFC 9110, 8.6
+        content = ""
     return (f"HTTP/1.1 {status} {phrase}\r\nCache-Control: no-store\r\nDate: {date}\r\n"
-            f"{header}").encode()
+            f"{header}{content}\r\n").encode()
 
 
 class CutOff(BadRequest):
@@ -2236,18 +2248,22 @@ class Incoming:
     def read_whole(self):
         """(head, body) of the request that has come, if all of it has; None where its reading would
         wait, send or raise an error, and where it is long or chunked."""
-        data = self.buffer
-        end = data.find(b"\r\n\r\n") + 4
-        if not 4 < end <= SHORT:
-            return None
         try:
-            head = short_head(data[:end])
-        except IdpotError:
+            self.receive(socket.MSG_DONTWAIT)
+            data = self.buffer
+            body = data.find(b"\r\n\r\n") + 4
+            if not 4 < body <= SHORT:
+                return None
+            head = short_head(data[:body])
+        except (OSError, IdpotError):       # whoever reads next meets it, too
             return None
-        if head.length is None or head.expect or len(data) < end + head.length:
+        if head.length is None or head.expect:
             return None
-        self.buffer = data[end + head.length:]
-        return head, data[end:end + head.length]
+        end = body + head.length
+        if len(data) < end:
+            return None
+        self.buffer = data[end:]
+        return head, data[body:end]
 
     def read_head(self):
         """Reads and parses the next head, however it comes; raises what is wrong as soon as that
@@ -2370,8 +2386,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
         job = None
         done = False
         try:
-            with suppress(OSError):     # the thread meets it too
-                self.incoming.receive(socket.MSG_DONTWAIT)
             whole = self.incoming.read_whole()
             if whole:
                 job = self.serve_request(whole)
@@ -2436,13 +2450,14 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Job.answer: by a worker, which hands over its crowd, or by the main thread."""
         done = False
         try:
-            with suppress(MemoryError):     # costs nobody else an answer
-                if error:
-                    self.answer_error(error, self.head.keep)
-                else:
-                    asked = self.state[2].question
-                    self.answer(asked.status, asked.render(value), self.head.keep, crowd=crowd)
-                done = True
+            if error:
+                self.answer_error(error, self.head.keep)
+            else:
+                asked = self.state[2].question
+                self.answer(asked.status, asked.render(value), self.head.keep, crowd=crowd)
+            done = True
+        except MemoryError:     # costs nobody else an answer
+            pass
         finally:
             if not done:        # as in serve_crowded()
                 self.end_turn(keep=False)
@@ -2459,11 +2474,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
             header += "Connection: close\r\n"
         elif head.old:
             header += "Connection: keep-alive\r\n"
-        data = answer_beginning(status, form, header)
-        if status != 204:       # RFC 9110, 8.6
-            data += b"Content-Length: %d\r\n" % len(body)
         sent = b"" if head.method == "HEAD" else body
-        data += b"\r\n" + sent
+        data = answer_head(status, form, header, len(body)) + sent
         # Noted before it is sent: who has an answer finds it counted.
         now = monotonic()
         self.server.writer.note((self.host, head, status, len(sent), now - self.state[1]))
@@ -2597,7 +2609,7 @@ class Server(http.server.ThreadingHTTPServer):
         if now < self._looked + LOOK:
             return
         self._looked = now
-        answer_beginning.cache_clear()
+        answer_head.cache_clear()
         with suppress(MemoryError):     # the next look does what was left out
             self.writer.count()     # lines take less memory than notes, if they cannot be written
             self.allocator.look(now)
