@@ -4376,6 +4376,27 @@ def test_a_counter_that_was_set_back_fails_its_call_and_goes_on_alone(first, tmp
     store.close()
 
 
+def test_a_counter_that_was_set_below_zero_gives_no_id_in_a_call_of_several(first, tmp_path):
+    store = own_store(first, tmp_path)
+    first.sql("ALTER TABLE idpot.pot_b MODIFY id BIGINT NOT NULL")
+    first.sql("UPDATE idpot.pot_b SET id = -5")
+    with pytest.raises(idpot.Retry, match="1264"):
+        store.take(ABC)
+    with pytest.raises(idpot.Broken, match="no whole number"):
+        store.take([("b", 2, 20)])
+    store.close()
+
+
+def test_an_exhausted_pot_costs_those_of_its_call_neither_ids_nor_the_connection(first, tmp_path):
+    store = own_store(first, tmp_path)
+    for pot, floor in (("b", idpot.MAX_ID - 1), ("c", 30)):
+        with pytest.raises(idpot.Retry, match="exhausted"):
+            store.take([("a", 1, 10), (pot, idpot.MAX_ID - 29, floor)])
+    assert store.connected
+    assert rows_of(first) == [10, 20, 30]
+    store.close()
+
+
 def test_where_several_statements_are_refused_each_goes_alone(
         first, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(idpot.log, "propagate", True)
