@@ -308,6 +308,19 @@ def setting_value(text):
     return re.sub(QUOTED, unquoted, match[1].strip())
 
 
+def dsn_of_names(values):
+    """As parse_dsn(), of Hostname and the others."""
+    host, port = values["hostname"], values["port"]
+    return {
+        "user": values["username"],
+        "password": values["password"],
+        "database": values["dbname"],
+        "addresses": {f"{host}:{port}": {"host": host, "port": port}},
+        "tls": "preferred",
+        "ignored": "",
+    }
+
+
 def load_settings(path=None):
     """The settings of the file, or the defaults: each name in lower case; `dsn`; `mysql`, whether
     the pots are there; `written`, the names in the file. An empty value means the default, but
@@ -346,15 +359,7 @@ def load_settings(path=None):
                 raise SettingsError(f"{path}: [{section}] {name}: {error}{hint}")
         for name in texts:
             raise SettingsError(f"{path}: unknown name {shown(name)} in [{section}]")
-    dsn = values["connectstring"] or {
-        "user": values["username"],
-        "password": values["password"],
-        "database": values["dbname"],
-        "addresses": {"{hostname}:{port}".format(**values): {
-            "host": values["hostname"], "port": values["port"]}},
-        "tls": "preferred",
-        "ignored": "",
-    }
+    dsn = values["connectstring"] or dsn_of_names(values)
     values["admintoken"] = values["admintoken"] or values["token"]
     return types.SimpleNamespace(**values, dsn=dsn, mysql="Mysql" in given, written=written)
 
@@ -1065,17 +1070,9 @@ class MysqlServers:
             raise Retry(f"{CANNOT}: the replication group has lost its majority")
 
 
-class MysqlStore(Store):
-    """A connection to MySQL or MariaDB, thrown away after any trouble that is not one pot's.
-
-    A pot is go-idpot's table, `pot_NAME (id BIGINT UNSIGNED NOT NULL)`, with one row. InnoDB's has
-    a key beside it that never changes: each UPDATE of a key leaves a dead record, which the later
-    ones read while anybody holds a read view; and two nodes of a cluster cannot both make the row.
-    """
-    @classmethod
-    def all(cls, settings):
-        servers = MysqlServers(settings)
-        return [cls(servers) for _ in range(settings.connections)]
+class MysqlConnection(Store):
+    """What of the contract is not about pots: a connection to MySQL or MariaDB, made when it is
+    needed, and thrown away after any trouble that is not one pot's."""
 
     def __init__(self, servers):
         self._servers = servers
@@ -1170,6 +1167,26 @@ class MysqlStore(Store):
     def _run(self, pots, statement):
         self.connect()
         return self._guarded(pots, execute, self._connection, statement)
+
+    def close(self):
+        connection, self._connection = self._connection, None
+        if connection:
+            with suppress(*self._servers.errors):
+                connection.close()
+
+
+class MysqlStore(MysqlConnection):
+    """Pots in MySQL or MariaDB: each is a table of go-idpot's form, with one row.
+
+    It is `pot_NAME (id BIGINT UNSIGNED NOT NULL)`. InnoDB's has a key beside it that never changes:
+    each UPDATE of a key leaves a dead record, which the later ones read while anybody holds a read
+    view; and two nodes of a cluster cannot both make the row.
+    """
+
+    @classmethod
+    def all(cls, settings):
+        servers = MysqlServers(settings)
+        return [cls(servers) for _ in range(settings.connections)]
 
     def _update(self, pots, values):
         """Sets the counters of pots to SQL values; returns for each pot the argument of
@@ -1324,12 +1341,6 @@ class MysqlStore(Store):
             raise Unavailable(str(error), detail=error.detail) from error
         except (NotFound, Broken):      # it is that pot's alone
             pass
-
-    def close(self):
-        connection, self._connection = self._connection, None
-        if connection:
-            with suppress(*self._servers.errors):
-                connection.close()
 
 
 # -------------------------------------------------------------------------------------- allocation
