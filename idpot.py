@@ -39,6 +39,7 @@ import shlex
 import signal
 import socket
 import ssl
+import struct
 import sys
 import threading
 import time
@@ -493,6 +494,7 @@ class Troubles:
 
 troubles = Troubles()
 
+
 class StrftimeFileHandler(logging.Handler):
     """Appends to the file that a strftime pattern names now, with a symlink to the newest.
 
@@ -577,7 +579,7 @@ class Writer(logging.Handler):
     count it there, and to make its line there, cost a tenth of the speed (wrk -c64).
     """
     LIMIT = 64 << 20        # bytes that wait; what comes then is lost, which is told
-    ENTRY = 200             # bytes that a line takes beside its text
+    ENTRY = 200             # bytes that an entry takes beside its text
     PAUSE = 0.02            # seconds for more to gather
     PRIORITIES = {logging.INFO: "<6>", logging.WARNING: "<4>", logging.ERROR: "<3>"}
 
@@ -670,15 +672,14 @@ class Store:
     most = 64               # pots that take() may be asked for in one call
 
     def start(self):
-        """Prepares the first use; returns what is served. Raises StartError or Refused only where
-        waiting cannot help."""
+        """Prepares the first use, on one store of all; returns what is served. Raises StartError or
+        Refused only where waiting cannot help."""
 
     def probe(self):
         """Returns what --check found to be well; writes nothing."""
 
-    def connect(self, believed=1.0):
-        """Sees to a connection to a server that was seen to be able to issue IDs at most
-        `believed` seconds ago."""
+    def connect(self):
+        """Sees to a connection to a server that can issue IDs, as far as it is known."""
 
     def take(self, wants):
         """Adds to the counters; returns the new values, each the last ID of the range taken.
@@ -783,17 +784,17 @@ class SqliteStore(Store):
 
     def take(self, wants):
         if len(wants) == 1:
-            return [self._take(*wants[0])]
+            return [self._take_one(*wants[0])]
         self._execute("BEGIN IMMEDIATE")
         try:
-            lasts = [self._take(*want) for want in wants]
+            lasts = [self._take_one(*want) for want in wants]
             self._execute("COMMIT")
             return lasts
         finally:
             if self._db.in_transaction:     # something was raised
                 self._db.rollback()
 
-    def _take(self, pot, count, floor):
+    def _take_one(self, pot, count, floor):
         # Nobody else can write, since the file is locked: the counter is at the floor, unless an
         # error hid what was written. The read that this saves took a fifth of the speed (wrk -c64).
         current = floor
@@ -856,14 +857,19 @@ ONE_POT = {     # errors of one pot, after which the connection stays sound
         (1264, 1292, 1690, 3819, 4025),
         (Exhausted, "pot {} is exhausted: its table holds no greater number")),
 }
-# For accounts that read_only does not bind; as text: from MariaDB 12 on it is an enumeration. A log
-# of statements would call it unsafe.
+# For accounts that read_only does not bind; as text: from MariaDB 12 on it is an enumeration. Left
+# out with binlog_format=STATEMENT, where the server would warn of each statement that has it.
 WRITABLE = " AND CAST(@@global.read_only AS CHAR) IN ('0', 'OFF')"
 READ_ONLY = ("read_only", "innodb_read_only", "transaction_read_only", "tx_read_only")
 NOT_TOGETHER = {1064, 1105, 1235, 1295}     # what servers and proxies say to several statements
 BELIEVED = 1.0          # seconds for which a server is taken to be as it was seen
 UNUSED = 60.0           # seconds after which a connection is made anew: a firewall may forget it
 SHUNNED = 60.0          # seconds for which an address that was silent, or refused, is tried last
+
+
+def error_number(error):
+    """The number of a driver's error: 2027, a malformed packet, where it has none."""
+    return getattr(error, "errno", None) or 2027
 
 
 def execute(connection, statement):
@@ -887,7 +893,11 @@ def execute_all(connection, statements):
 
 
 class MysqlServers:
-    """The addresses where the database is, which of them is used, and whether it may issue IDs."""
+    """The addresses where the database is, which of them is used, and whether it may issue IDs.
+
+    All workers share it, and take no lock: each attribute is set to a whole new value, or to what
+    the others would set it to.
+    """
 
     def __init__(self, settings):
         try:
@@ -897,7 +907,9 @@ class MysqlServers:
             raise StartError("[Mysql] needs mysql-connector-python: python3 -m pip install "
                              f"--target={folder} 'mysql-connector-python>=9.2'")
         self.driver = mysql.connector
-        self.errors = (mysql.connector.Error,)
+        # Beside its own errors: what it raises for packets that are none of MySQL's.
+        self.errors = (mysql.connector.Error, LookupError, OSError, RuntimeError, ValueError,
+                       struct.error)
         if self.driver.HAVE_CEXT:       # raises its own for all but the first of several statements
             import _mysql_connector
             self.errors += (_mysql_connector.MySQLInterfaceError,)
@@ -969,12 +981,14 @@ class MysqlServers:
         An address that did not answer in the time that it had is shunned. The server's own errors
         are answers: a row lock (1205) says nothing of its address.
         """
-        number = error.errno
-        silent = 2000 <= number <= 3024 and monotonic() > start + 0.9 * self._patience
+        number = error_number(error)
+        own = 2000 <= number < 3000 or number == 3024       # of the driver; its read_timeout
+        silent = own and monotonic() > start + 0.9 * self._patience
         if silent:
             self._shunned[address] = monotonic()
         metrics.add(f'idpot_db_errors_total{{errno="{number}"}}')
-        detail = re.sub(r"[\0-\x20\x7f-\x9f]+", " ", str(error))
+        text = str(error) if hasattr(error, "errno") else f"malformed packet: {error!r}"
+        detail = re.sub(r"[\0-\x20\x7f-\x9f]+", " ", text)
         # What the two forms of the driver say to caching_sha2_password without TLS.
         if number == (2061 if self.driver.HAVE_CEXT else 1045):
             detail += "; it may need TLS on the server, or its socket: unix(/path)"
@@ -988,14 +1002,14 @@ class MysqlServers:
 
     def note_batch(self, error):
         """After several statements in one call failed, or error None: a reply was missing."""
-        if self.most > 1 and (error is None or error.errno in NOT_TOGETHER):
+        if self.most > 1 and (error is None or error_number(error) in NOT_TOGETHER):
             self.most = 1
             log.warning("several statements in one call are refused, by the server or a proxy: "
                         "each goes alone (%s)", error or "a reply was missing")
 
     def _log_in(self, address):
-        # The driver's default, autocommit off: setting it to 1, which the session does now, also
-        # commits what the server's init_connect may have begun. From 1 to 1 it would not.
+        # Not with autocommit=True: only where the session sets it from 0, the driver's default, to
+        # 1, it also commits what the server's init_connect may have begun.
         connection = self.driver.connect(**self._arguments, **self._addresses[address])
         try:
             connection.cmd_query(       # the promise does not depend on the server's defaults
@@ -1050,7 +1064,8 @@ class MysqlServers:
                         "('wsrep_ready', 'wsrep_local_state')"))
         if node["wsrep_ready"] != "ON":
             raise Retry(f"{CANNOT}: the Galera node is not ready (error 1047)")
-        # One that donates its state may be locked; it is used where no other address can be.
+        # One that donates its state may be locked. It is used where no other address can be: when
+        # it is met again, and shunned by then.
         donates = node["wsrep_local_state"] != "4" and len(self._addresses) > 1
         if donates and not self._is_shunned(address):
             self._shunned[address] = monotonic()
@@ -1108,25 +1123,27 @@ class MysqlConnection(Store):
     def _connect_first(self):
         now = monotonic()
         try:
-            self._log_in()
+            self._choose()
             self._seen = now
         except Unavailable as error:
             error.detail = f"{self._servers.subject}: {error.detail}"
             raise
 
     def connect(self, believed=BELIEVED):
+        """Sees to a connection to a server that was seen to be able to issue IDs at most `believed`
+        seconds ago; with 0 it is asked now."""
         now = monotonic()
         if self._address != self._servers.chosen or now > self._seen + UNUSED:
             self.close()
         if not self._connection:
-            self._guarded((), self._log_in)
+            self._guarded((), self._choose)
         elif now > self._seen + believed:
             self._guarded((), self._servers.examine, self._connection, self._address)
         else:
             return
         self._seen = now
 
-    def _log_in(self):
+    def _choose(self):
         self._connection, self._address = self._servers.choose()
 
     def _guarded(self, pots, function, *arguments):
@@ -1141,12 +1158,13 @@ class MysqlConnection(Store):
             sound = True
             return value
         except self._servers.errors as error:
-            if len(pots) == 1 and error.errno in ONE_POT:
+            number = error_number(error)
+            if len(pots) == 1 and number in ONE_POT:
                 sound = True
-                kind, text = ONE_POT[error.errno]
+                kind, text = ONE_POT[number]
                 raise kind(text.format(shown(pots[0]))) from error
             trouble = self._servers.note_error(error, self._address, start)
-            if trouble.silent:
+            if trouble.silent and self._address == self._servers.chosen:
                 self._servers.chosen = None     # the other connections there would hang, too
             if len(pots) > 1:       # each is tried by itself now, and tells what it meets
                 self._servers.note_batch(error)
@@ -1167,6 +1185,26 @@ class MysqlConnection(Store):
     def _run(self, pots, statement):
         self.connect()
         return self._guarded(pots, execute, self._connection, statement)
+
+    def _confirm(self, complete, asks):
+        """Raises Retry where what the server has just told does not count; asks: whether it is to
+        say now that it may be written, since the statements did not ask that."""
+        reason = ""
+        if not complete:
+            reason = "a reply is missing"
+            self._servers.note_batch(None)
+        elif self._connection.in_transaction:       # a trigger or a proxy, say, has begun one
+            reason = "the statement was not committed"
+        elif asks and not self._guarded((), execute, self._connection,
+                                        f"SELECT 1 FROM DUAL WHERE TRUE{self._servers.writable}"):
+            reason = "it has become read-only (error 1290)"
+        elif self._address != self._servers.chosen:     # it may have waited there meanwhile
+            reason = "its address was given up meanwhile"
+        if reason:
+            self.close()
+            raise Retry(f"{CANNOT}: {reason}")
+        if monotonic() > self._seen + BELIEVED:
+            self._guarded((), self._servers.examine, self._connection, self._address)
 
     def close(self):
         connection, self._connection = self._connection, None
@@ -1192,8 +1230,7 @@ class MysqlStore(MysqlConnection):
         """Sets the counters of pots to SQL values; returns for each pot the argument of
         LAST_INSERT_ID in its value, from its own statement's reply, or 0 where that was not called.
 
-        The statements on tables with transactions come last, and are one transaction, if there are
-        more than one pot.
+        Of several pots those whose tables have transactions come last: they are taken in one.
         """
         statements = [f"UPDATE `pot_{pot}` SET id = {value}" for pot, value in zip(pots, values)]
         plain = len(pots)
@@ -1205,7 +1242,7 @@ class MysqlStore(MysqlConnection):
         self.connect()
         told = self._guarded(pots, execute_all, self._connection, statements)
         troubles.end(self._servers.subject)     # a server that takes no writes can be read
-        self._confirm(len(told) == len(statements))
+        self._confirm(len(told) == len(statements), len(pots) > 1)
         if plain < len(pots):
             del told[plain], told[-1]
         for pot, done in zip(pots, told):
@@ -1213,22 +1250,6 @@ class MysqlStore(MysqlConnection):
                 raise Broken(
                     f"the table of pot {shown(pot)} has {done['affected_rows']} rows, not one")
         return [done["insert_id"] for done in told]
-
-    def _confirm(self, complete):
-        """Raises Retry where what the server has just told does not count."""
-        reason = ""
-        if not complete:
-            reason = "a reply is missing"
-            self._servers.note_batch(None)
-        elif self._connection.in_transaction:       # a trigger or a proxy, say, has begun one
-            reason = "the statement was not committed"
-        elif self._address != self._servers.chosen:     # it may have waited there meanwhile
-            reason = "another address was chosen meanwhile"
-        if reason:
-            self.close()
-            raise Retry(f"{CANNOT}: {reason}")
-        if monotonic() > self._seen + BELIEVED:
-            self._guarded((), self._servers.examine, self._connection, self._address)
 
     def take(self, wants):
         if len(wants) > 1:
@@ -1241,17 +1262,11 @@ class MysqlStore(MysqlConnection):
         return [last]
 
     def _take_together(self, wants):
-        if any(floor > MAX_ID - count for _, count, floor in wants):
-            raise Retry("one of the pots is exhausted")
         # Always in this order: two idpots cannot lock each other out.
         order = sorted(wants, key=lambda want: (self._servers.is_transactional(want[0]), want))
         # Without IF: the server takes a fifth less time. What it would have told is seen below.
         lasts = self._update([pot for pot, _, _ in order],
                              [f"LAST_INSERT_ID(id + {count})" for _, count, _ in order])
-        # It is asked behind their COMMIT, which could have waited meanwhile.
-        writable = self._servers.writable
-        if writable and not self._run((), f"SELECT 1 FROM DUAL WHERE TRUE{writable}"):
-            raise Retry(f"{CANNOT}: it has become read-only (error 1290)")
         if any(last < floor + count for (_, count, floor), last in zip(order, lasts)):
             raise Retry("not all IDs could be taken together")
         taken = dict(zip(order, lasts))
@@ -1265,8 +1280,8 @@ class MysqlStore(MysqlConnection):
         if max(current, floor) > MAX_ID - count:
             raise Exhausted(f"pot {shown(pot)} is exhausted: fewer than {count} IDs are left")
         if current < floor:
-            log.warning("the counter of pot %s was set back to %d, but %d was given: it goes on "
-                        "above that", pot, current, floor)
+            troubles.begin(f"pot {pot}", f"the counter of pot {pot} was set back to {current}, "
+                                         f"but {floor} was given: it goes on above that")
             self.raise_to(pot, floor)
             raise Retry(f"the counter of pot {shown(pot)} was set back")
         text = f"the counter of pot {shown(pot)} was changed by others, or its table has a trigger"
@@ -1332,9 +1347,9 @@ class MysqlStore(MysqlConnection):
 
     def check(self, pot):
         try:
-            with suppress(Retry):    # it may have been lost while nobody used it
+            with suppress(Retry):    # finds that the connection was lost while nobody used it
                 self.connect(believed=0)
-            self.connect()
+            self.connect()      # then makes a new one
             if pot:     # takes the locks and needs the privilege, and changes nothing
                 self._update([pot], ["id"])
         except Retry as error:      # a probe is told soon
@@ -1368,8 +1383,8 @@ class Question(NamedTuple):
 class Job:
     """A question that waits for its answer.
 
-    answer(value, error, crowd) is called once: with a value or an IdpotError; by the worker, which
-    hands over its Crowd, or by expire() when `patience` seconds are over, with None for that.
+    answer(value, error, crowd) is called once, with a value or an IdpotError: by the worker, whose
+    Crowd comes with IDs, and with nothing else; or by expire() when `patience` seconds are over.
     """
     trouble = Unavailable("the database did not answer in")     # or why it is to be tried again
 
@@ -1381,7 +1396,7 @@ class Job:
         self.patience = patience
         self.start = monotonic()
         self._answered = threading.Lock()   # taken for good by the thread that answers
-        self.answered = self._answered.locked
+        self.answered = self._answered.locked       # answered() tells whether one has
 
     def finish(self, value=None, error=None, crowd=None):
         """Answers, unless that was done before."""
@@ -1456,10 +1471,11 @@ class Queues:
 
     def __init__(self):
         # Guards all, but what a worker writes of its pots in suspects. No call or answer under it.
+        # A pot that has jobs is waiting, or paused, or with one worker.
         self._lock = threading.Lock()
         self.jobs = {}          # pot -> jobs, oldest first, of which the answered are still to go
-        self.waiting = collections.deque()      # pots with jobs that no worker serves, oldest first
-        self._paused = set()    # pots with jobs that are not to be tried before a moment of theirs
+        self.waiting = collections.deque()      # pots that any worker may take, oldest first
+        self._paused = set()    # pots that are not to be tried before a moment of theirs
         self.suspects = {}      # pots to be served by themselves -> (failures, when to try again)
         # (store, wakes) of the workers without work. The last is the next: the one used last, which
         # has a connection; those that have none are at the bottom.
@@ -1515,8 +1531,8 @@ class Queues:
         """Puts the worker to the idle ones, to be woken by an item of wakes, and returns True; or
         False, where a pot waits for it. One without a connection leaves that to one that has."""
         with self._lock:
-            better = not store.connected and self._idle and self._idle[-1][0].connected
-            if self.waiting and not better:
+            leave = not store.connected and self._idle and self._idle[-1][0].connected
+            if self.waiting and not leave:
                 return False
             for _ in self.waiting:
                 self._wake_one()
@@ -1527,14 +1543,16 @@ class Queues:
 
     def next_batch(self, floors, most):
         """{pot: its jobs} of the pots that have waited longest: several, where each has a floor, is
-        no suspect, and is asked for nothing but IDs. Others are left to another worker."""
+        no suspect, and is asked for nothing but IDs that it has. Others are left to another worker.
+        """
         batch = {}
         with self._lock:
             while self.waiting and len(batch) < most:
                 pot = self.waiting[0]
                 jobs = self._unanswered(pot)
-                single = (pot not in floors or pot in self.suspects
-                          or not all([job.count for job in jobs]))
+                counts = [job.count for job in jobs]
+                single = (pot not in floors or pot in self.suspects or 0 in counts
+                          or floors[pot] > MAX_ID - sum(counts))
                 if single and batch:
                     break
                 self.waiting.popleft()
@@ -1564,7 +1582,7 @@ class Queues:
         with self._lock:
             for pot in batch:
                 if self._unanswered(pot):
-                    self._let_wait(pot)     # the caller takes it next
+                    self._let_wait(pot)     # the caller takes it next, or wakes who does
                 else:
                     self._forget(pot, floors)
 
@@ -1691,7 +1709,7 @@ class Allocator:
         """Connects, serves the pots that have waited longest, and reads on for its crowd; returns
         False where it could not connect, or met what nobody expected."""
         batch = {}
-        connected = False
+        connected = done = False
         try:
             store.connect()
             connected = True
@@ -1702,7 +1720,9 @@ class Allocator:
                 batch = {}
             if crowd.members:
                 self._read_on(crowd)
+            done = True
         except Unavailable as error:
+            done = connected
             crowd.give_back()
             if connected:
                 self._queues.note_failure(batch)
@@ -1716,7 +1736,6 @@ class Allocator:
                     job.finish(error=error)
         except Exception:
             log.exception("a worker")
-            connected = False
             crowd.give_back()
             self._queues.note_failure(batch)
             if len(batch) == 1:
@@ -1725,7 +1744,7 @@ class Allocator:
         finally:
             if batch:
                 self._queues.release(batch, self._floors)
-        return connected
+        return done
 
     def _read_on(self, crowd):
         """Queues what the crowd sends next, until nothing more is there: this worker takes next
@@ -1759,7 +1778,7 @@ class Allocator:
             if isinstance(error, Retry):
                 raise
             if len(batch) > 1:      # of one of them: note_failure() has each tried by itself
-                raise Retry(str(error))
+                raise Retry("a call for several pots failed")
             if isinstance(error, Exhausted) and len(jobs) > 1:
                 self._take_what_fits(store, pot, jobs, crowd)
             else:
@@ -1791,16 +1810,18 @@ class Allocator:
 
     def _take_what_fits(self, store, pot, jobs, crowd):
         """Takes for each job by itself, since not all fit."""
-        too_many = math.inf     # does not fit, and neither does anything above
+        too_many = math.inf     # was refused, and so is anything above
         for job in jobs:
             try:
                 if job.count < too_many and not job.answered():
                     self._take(store, {pot: [job]}, crowd)
-            except Exhausted as error:
+            except Retry:
+                raise
+            except IdpotError as error:
                 too_many = job.count
-                full = error
+                refusal = error
             if job.count >= too_many:
-                job.finish(error=full)
+                self._refuse(pot, [job], refusal)
 
     def _take(self, store, batch, crowd):
         """Takes IDs from all pots of the batch in one call, and hands them to their jobs."""
@@ -1815,10 +1836,10 @@ class Allocator:
                 raise Broken(
                     f"the table of pot {shown(pot)} does not count: {last} is behind {floor}")
             self._floors[pot] = last
-        self._taken = pot
+        self._taken = wants[-1][0]
         metrics.add_taken(len(wants), total)
         now = monotonic()
-        if len(wants) > 1 or len(jobs) > 1:
+        if sum(map(len, batch.values())) > 1:
             self._crowded = now + self.CROWDED
         slow = now > self._busy[store] + self.SLOW
         if slow or self._queues.suspects:
@@ -1891,6 +1912,7 @@ MAX_LINE = 8192         # bytes of a request line, then 414
 MAX_HEAD = 16384        # of the request line and all headers, then 431
 MAX_FIELDS = 64         # headers, then 431
 SHORT = 1024            # bytes of a head that is kept
+SHORT_FORM = 128        # of a form that is kept: parsed it takes many times that
 MAX_BODY = 65536        # bytes, then 413
 MAX_EXTRA = 8192        # of the size lines and trailers of a chunked body, then 413
 CHUNK_COST = 8          # bytes that a chunk counts for beside its size line: it takes as much time
@@ -2042,7 +2064,7 @@ def malformed_head(data):
 # What a request asks for. Nothing here knows a connection: an action takes a head and the fields of
 # its form, and returns the Question, or raises the error to be answered.
 
-PROBE = 1.8             # seconds for /healthz: with LOOK it is answered within 2
+PROBE = 1.8             # seconds for /healthz: with the 0.2 between looks it is answered within 2
 METRICS_TEXT = Question("")     # is answered by the server itself
 FORM_FIELDS = {     # route -> what a POST there may have
     "/id/{pot}": ("count", "range"),
@@ -2131,7 +2153,7 @@ def check_token(head, settings):
 def parse_form(text):
     """The fields of a form (URL Standard, 5.1) as pairs."""
     try:
-        return parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=100)
+        return tuple(parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=100))
     except ValueError:
         raise BadRequest("the form is not UTF-8, or has too many fields")
 
@@ -2147,7 +2169,7 @@ def form_fields(head, body):
         form = shown(head.form.decode("latin-1"))
         raise IdpotError(f"the body is {form}, not {FORM.decode()}", status=415)
     text = f"{head.query}&{body.decode('latin-1')}"
-    pairs = short_form(text) if len(text) <= SHORT else parse_form(text)
+    pairs = short_form(text) if len(text) <= SHORT_FORM else parse_form(text)
     known = FORM_FIELDS.get(head.route, ())
     here = f"here are {', '.join(known)}" if known else "there are none here"
     fields = {}
@@ -2179,10 +2201,13 @@ def ask(head, body, settings):
 
 # ------------------------------------------------------------------------------------- connections
 # Threads: the main one accepts (serve_forever) and looks at all connections (service_actions); each
-# connection has one; the allocator's workers. A connection's `turn` is a lock, held from the first
-# byte of a request until its answer has been sent, which keeps answers in order. Who holds the turn
-# does the next thing, alone, and writes `state`, one tuple of a name, since when, and the Job, for
-# ASKING since the request began:
+# connection has one; the allocator's workers; the Writer; one for each answer that waits for its
+# client.
+#
+# A connection's `turn` is a lock. Who holds it does the next thing for the connection, alone: reads
+# a request, answers it, or keeps it in a Crowd. The turn goes from thread to thread with a request
+# until its answer has been sent: so answers come in order. Its holder also writes `state`, a tuple
+# (name, since, job); for ASKING, since is when the request began, and job its Job:
 #
 #   IDLE      until the client sends its next request; nobody has the turn, or a Crowd keeps it
 #   READING   a request arrives: read_request(), by the connection's thread, or by a worker if whole
@@ -2201,7 +2226,7 @@ def ask(head, body, settings):
 # turn. (5) So do all turns when the worker goes idle, fails, or is in one call for over 0.2 s.
 # Without this each request hands Python's lock from thread to thread twice (c=64: half the speed).
 #
-# The main thread ends by shutdown(2), which the connection's thread sees, what takes too long: for
+# What takes too long the main thread ends by shutdown(2), which the connection's thread sees: for
 # reading where the client is to send (what has arrived is still read), altogether where it is to
 # read an answer.
 
@@ -2217,15 +2242,14 @@ PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 @functools.lru_cache(maxsize=256)
-def answer_head(status, form, header, length):
+def answer_head(status, media, header, length):
     """The head of an answer; because of its Date the cache is cleared every LOOK seconds."""
     phrase = http.HTTPStatus(status).phrase
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
-    content = f"Content-Type: {form}\r\nContent-Length: {length}\r\n"
-    if status == 204:       # RFC 9110, 8.6
-        content = ""
+    if status != 204:       # RFC 9110, 8.6
+        header = f"Content-Type: {media}\r\n{header}Content-Length: {length}\r\n"
     return (f"HTTP/1.1 {status} {phrase}\r\nCache-Control: no-store\r\nDate: {date}\r\n"
-            f"{header}{content}\r\n").encode()
+            f"{header}\r\n").encode()
 
 
 class CutOff(BadRequest):
@@ -2263,24 +2287,25 @@ class Incoming:
             raise CutOff("the request is cut off")
 
     def read_whole(self):
-        """(head, body) of the request that has come, if all of it has; None where its reading would
-        wait, send or raise an error, and where it is long or chunked."""
+        """Receives once, without waiting. Returns (head, body) of the request that has come, if all
+        of it has; None where its reading would wait, send or raise an error, and where it is long
+        or chunked."""
         try:
             self.receive(socket.MSG_DONTWAIT)
             data = self.buffer
-            body = data.find(b"\r\n\r\n") + 4
-            if not 4 < body <= SHORT:
+            begin = data.find(b"\r\n\r\n") + 4      # of the body
+            if not 4 < begin <= SHORT:
                 return None
-            head = short_head(data[:body])
+            head = short_head(data[:begin])
         except (OSError, IdpotError):       # whoever reads next meets it, too
             return None
         if head.length is None or head.expect:
             return None
-        end = body + head.length
+        end = begin + head.length
         if len(data) < end:
             return None
         self.buffer = data[end:]
-        return head, data[body:end]
+        return head, data[begin:end]
 
     def read_head(self):
         """Reads and parses the next head, however it comes; raises what is wrong as soon as that
@@ -2360,7 +2385,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.descriptor = self.request.fileno()
         self.turn = threading.Lock()
         self.state = (IDLE, monotonic(), None)
-        # Whether the thread waits for the turn. Written by the thread while it has the turn.
+        # Whether the thread, once it has asked, waits for the turn and not for data. Written by the
+        # thread while it has the turn.
         self.parked = False
         # The thread's; while that is parked, of whoever has the turn.
         self.incoming = Incoming(self.request)
@@ -2435,7 +2461,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             keep = self.head.keep
             asked = ask(self.head, body, self.settings)
             if asked is METRICS_TEXT:
-                self.answer(200, self.server.metrics_text(), keep, form=PROMETHEUS)
+                self.answer(200, self.server.metrics_text(), keep, media=PROMETHEUS)
                 return None
             job = Job(asked, self.answer_job, asked.patience or self.settings.timeout)
             self.state = (ASKING, began, job)
@@ -2464,7 +2490,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     # Answering, by whoever has the answer, and with it the turn.
 
     def answer_job(self, value, error, crowd):
-        """Job.answer: by a worker, which hands over its crowd, or by the main thread."""
+        """Job.answer: called by a worker, with its crowd where it gives IDs, or the main thread."""
         done = False
         try:
             if error:
@@ -2482,7 +2508,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def answer_error(self, error, keep):
         self.answer(error.status, f"{error}\n".encode(), keep, header=error.header)
 
-    def answer(self, status, body, keep, header="", form=PLAIN, crowd=None):
+    def answer(self, status, body, keep, header="", media=PLAIN, crowd=None):
         """Sends an answer without waiting for the client, and ends the turn; a thread of its own
         does that where the client does not take all at once."""
         head = self.head
@@ -2492,7 +2518,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         elif head.old:
             header += "Connection: keep-alive\r\n"
         sent = b"" if head.method == "HEAD" else body
-        data = answer_head(status, form, header, len(body)) + sent
+        data = answer_head(status, media, header, len(body)) + sent
         # Noted before it is sent: who has an answer finds it counted.
         now = monotonic()
         self.server.writer.note((self.host, head, status, len(sent), now - self.state[1]))
@@ -2548,8 +2574,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     # By the main thread, which has no turn.
 
     def silent_since(self):
-        """Since when the client has neither sent nor read what it is to; infinity if it has not
-        to."""
+        """When the client's silence began; infinity while it is the server that is to answer."""
         name, since, _ = self.state
         return math.inf if name == ASKING else since
 
@@ -2605,7 +2630,6 @@ class Server(http.server.ThreadingHTTPServer):
         self._most = max(1, min(settings.maxconnections, files - 2 * len(allocator.stores) - 16))
         self._looked = monotonic()
         self._free = []             # a queue for each kept thread that waits for a connection
-        self._closed = threading.Event()            # a connection was closed
 
     def stop(self):
         """Stops accepting, after what waits in the backlog; returns when all is answered, or after
@@ -2627,14 +2651,14 @@ class Server(http.server.ThreadingHTTPServer):
             return
         self._looked = now
         answer_head.cache_clear()
-        with suppress(MemoryError):     # the next look does what was left out
-            self.writer.count()     # lines take less memory than notes, if they cannot be written
-            self.allocator.look(now)
-            for request, connection in list(self.connections.items()):
+        with suppress(MemoryError):     # the rest is left to the next look
+            for request, connection in list(self.connections.items()):     # first: it may free
                 if isinstance(connection, Connection):
                     connection.look(now)
                 elif now > connection + self.settings.requesttimeout:   # its thread died at birth
                     self.shutdown_request(request)
+            self.allocator.look(now)
+            self.writer.count()     # lines take less memory than notes, if they cannot be written
         if "WATCHDOG_USEC" in os.environ and self.allocator.alive():
             notify("WATCHDOG=1")        # that this thread hangs shows of itself
         if signal.sigtimedwait(STOPS, 0):
@@ -2705,7 +2729,6 @@ class Server(http.server.ThreadingHTTPServer):
     def shutdown_request(self, request):
         self.connections.pop(request, None)
         request.close()
-        self._closed.set()
 
     def handle_error(self, request, client_address):
         """A connection could not be served, for lack of threads or memory, say."""
@@ -2714,11 +2737,14 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _make_room(self):
         """Ends the connection that has been silent longest, and waits until one is closed."""
-        self._closed.clear()
+        # Not by a threading.Event: a thread that lacks memory in its Python code keeps its lock.
+        before = len(self.connections)
         longest = min(self.made(), key=Connection.silent_since, default=None)
         if longest and longest.silent_since() < monotonic() - 0.1:
             longest.shut()
-        self._closed.wait(0.05)
+        deadline = monotonic() + 0.05
+        while len(self.connections) >= before and monotonic() < deadline:
+            time.sleep(0.001)
 
 
 # ------------------------------------------------------------------------------------------ client

@@ -411,7 +411,7 @@ class MemoryStore(idpot.Store):
         self.connected = False
         self.attempts = 0       # to connect
 
-    def connect(self, believed=1.0):
+    def connect(self):
         self.attempts += 1
         if not self.reachable:
             raise idpot.Retry("no connection")
@@ -649,6 +649,23 @@ class TestAllocation:
             ("7 of ten", 1000),
             ("8 of ten", idpot.Exhausted)]
 
+    @pytest.mark.parametrize("error", [
+        idpot.NotFound("dropped"), idpot.Broken("no row"), idpot.Unavailable("disk full")])
+    def test_a_pot_that_is_dropped_or_breaks_where_not_all_fit(self, start, error):
+        def breaks():
+            store.faults = [failing(error)] * 3
+
+        store = MemoryStore(p=990)
+        allocation = start(store)
+        with allocation.held(store):
+            store.faults = [lambda: None, breaks]
+            for count in (1, 500, 2, 3):
+                allocation.ask(f"{count} of ten", count=count)
+        allocation.wait_for(4)
+        assert [answer[:2] for answer in allocation.answers] == [
+            ("1 of ten", 991), ("500 of ten", type(error)), ("2 of ten", type(error)),
+            ("3 of ten", type(error))]
+
     def test_forty_jobs_for_an_exhausted_pot_share_a_statement_or_two(self, start):
         store = MemoryStore(p=1000)
         allocation = start(store)
@@ -833,6 +850,13 @@ class TestAllocation:
                 allocation.answers.clear()
                 allocation.answer("q", count=1)
         assert 3 <= len(tries) <= 6
+
+
+def test_a_pot_whose_ids_are_too_few_is_no_part_of_a_call_for_several():
+    queues = idpot.Queues()
+    queues.add_all([idpot.Job(idpot.Question(pot, 2), print) for pot in "nmlko"])
+    floors = {"n": 5, "m": idpot.MAX_ID - 2, "l": 7, "k": idpot.MAX_ID - 1, "o": 9}
+    assert [[*queues.next_batch(floors, 64)] for _ in range(3)] == [["n", "m", "l"], ["k"], ["o"]]
 
 
 def test_who_takes_a_pot_that_is_served_alone_wakes_another_worker_for_the_rest():
@@ -4116,6 +4140,42 @@ def test_a_first_address_that_may_not_write_is_left_for_the_second(option, run, 
             pass
 
 
+class OddServer(socketserver.ThreadingTCPServer):
+    """Sends the same bytes to whoever connects."""
+    daemon_threads = True
+
+    def __init__(self, data):
+        super().__init__(("127.0.0.1", 0), None)
+        self.data = data
+
+    def finish_request(self, client, _):
+        client.sendall(self.data)
+        with contextlib.suppress(OSError):
+            until_closed(client)
+
+
+PURE = ("sys.modules['_mysql_connector'] = None",)     # the driver without C
+
+
+@pytest.mark.parametrize("driver", [(), PURE], ids=["C", "pure"])
+@pytest.mark.parametrize("data", [
+    b"\0\0\0\0", b"\x01\0\0\0\x0a", b"\x06\0\0\0\x0a8.0.3", b"\x06\0\0\0\xff\x10\x04\xff\xfe\xfd",
+    b"\x09\0\0\0\x0a8.0\0\x08\0\0\0", b"HTTP/1.1 400 Bad Request\r\n\r\n"],
+    ids=["nothing", "version alone", "cut off", "no UTF-8", "no salt", "HTTP"])
+def test_a_first_address_that_speaks_no_mysql_is_left_for_the_second(driver, data, run, first):
+    with OddServer(data) as odd:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(odd.serve_forever, 0.05)
+            try:
+                ports = odd.server_address[1], first.port
+                server = run(**on_servers(*ports), python=python_with(*driver))
+                server.create("p")
+                assert server.next("p") == 1
+                assert "Traceback" not in server.errors()
+            finally:
+                odd.shutdown()
+
+
 @pytest.mark.slow
 def test_a_first_address_that_refuses_some_connections_does_not_make_it_flap(run, first, second):
     server = eight_connections(run, first, on_servers(first.port, second.port))
@@ -4387,16 +4447,6 @@ def test_a_counter_that_was_set_below_zero_gives_no_id_in_a_call_of_several(firs
     store.close()
 
 
-def test_an_exhausted_pot_costs_those_of_its_call_neither_ids_nor_the_connection(first, tmp_path):
-    store = own_store(first, tmp_path)
-    for pot, floor in (("b", idpot.MAX_ID - 1), ("c", 30)):
-        with pytest.raises(idpot.Retry, match="exhausted"):
-            store.take([("a", 1, 10), (pot, idpot.MAX_ID - 29, floor)])
-    assert store.connected
-    assert rows_of(first) == [10, 20, 30]
-    store.close()
-
-
 def test_where_several_statements_are_refused_each_goes_alone(
         first, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(idpot.log, "propagate", True)
@@ -4450,6 +4500,34 @@ def test_what_a_server_told_late_counts_only_if_it_may_still_issue_ids(
     assert not store.connected
 
 
+def test_what_several_pots_gave_does_not_count_where_the_address_was_given_up_meanwhile(
+        first, tmp_path, monkeypatch):
+    store = own_store(first, tmp_path)
+    execute = idpot.execute
+
+    def given_up(*call):        # behind the COMMIT, by another worker, whose statement hung
+        store._servers.chosen = None
+        return execute(*call)
+
+    monkeypatch.setattr(idpot, "execute", given_up)
+    with pytest.raises(idpot.Retry, match="given up meanwhile"):
+        store.take(ABC)
+    assert not store.connected
+
+
+def test_an_address_that_was_given_up_before_costs_the_chosen_one_nothing(first, tmp_path):
+    def hangs():
+        raise store._servers.driver.Error("it did not answer", errno=2013)
+
+    store = own_store(first, tmp_path)
+    store._servers._patience = 0
+    store._servers.chosen = "the next one"
+    with pytest.raises(idpot.Retry, match="2013") as raised:
+        store._guarded((), hangs)
+    assert raised.value.silent
+    assert store._servers.chosen == "the next one"
+
+
 def test_what_a_server_told_after_another_was_chosen_does_not_count(first, tmp_path, monkeypatch):
     store = own_store(first, tmp_path)
     execute_all = idpot.execute_all
@@ -4459,7 +4537,7 @@ def test_what_a_server_told_after_another_was_chosen_does_not_count(first, tmp_p
         return execute_all(*call)
 
     monkeypatch.setattr(idpot, "execute_all", late)
-    with pytest.raises(idpot.Retry, match="another address was chosen"):
+    with pytest.raises(idpot.Retry, match="its address was given up"):
         store.take([("a", 1, 10)])
     assert not store.connected
 
