@@ -26,7 +26,6 @@ import hmac
 import http.client
 import http.server
 import io
-import itertools
 import logging
 import math
 import os
@@ -270,7 +269,7 @@ SETTINGS = {    # section -> name -> (default as the file writes it, converter)
         "Username": ("root", str),
         "Password": ("", str),
         "Dbname": ("idpot", str),
-        "Engine": ("MyISAM", engine_name),
+        "Engine": ("MyISAM", engine_name),      # go-idpot's
         "Connections": ("8", functools.partial(whole_number, low=1, high=64)),
     },
     "Sqlite": {"File": ("idpot.db", str)},
@@ -482,7 +481,7 @@ class Troubles:
                 return
             self._told.add(subject)
             self._quiet[subject] = now + self.QUIET
-        log.log(level, "%s", " ".join(text.split()))
+            log.log(level, "%s", " ".join(text.split()))
 
     def end(self, subject):
         if subject in self._told:
@@ -892,27 +891,33 @@ def execute_all(connection, statements):
     return told
 
 
+def import_driver():
+    """mysql.connector, and the errors that its calls raise; only where it is configured."""
+    try:
+        import mysql.connector
+    except ImportError:
+        folder = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
+        raise StartError("[Mysql] needs mysql-connector-python: python3 -m pip install "
+                         f"--target={folder} 'mysql-connector-python>=9.2'")
+    own = [mysql.connector.Error]
+    if mysql.connector.HAVE_CEXT:       # has another for all but the first of several statements
+        import _mysql_connector
+        own.append(_mysql_connector.MySQLInterfaceError)
+    # The others where it cannot read what came, since it is none of MySQL's.
+    return mysql.connector, (*own, LookupError, OSError, RuntimeError, ValueError, struct.error)
+
+
 class MysqlServers:
     """The addresses where the database is, which of them is used, and whether it may issue IDs.
 
-    All workers share it, and take no lock: each attribute is set to a whole new value, or to what
-    the others would set it to.
+    The first address that can issue IDs is used. One that hung or refused is tried last for a
+    minute, and is the first again after that: the handbook says how a server that was left is kept
+    from counting for itself. All workers share this object without a lock: each attribute is set to
+    a whole new value, or to what the others would set it to.
     """
 
     def __init__(self, settings):
-        try:
-            import mysql.connector      # only where it is configured
-        except ImportError:
-            folder = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
-            raise StartError("[Mysql] needs mysql-connector-python: python3 -m pip install "
-                             f"--target={folder} 'mysql-connector-python>=9.2'")
-        self.driver = mysql.connector
-        # Beside its own errors: what it raises for packets that are none of MySQL's.
-        self.errors = (mysql.connector.Error, LookupError, OSError, RuntimeError, ValueError,
-                       struct.error)
-        if self.driver.HAVE_CEXT:       # raises its own for all but the first of several statements
-            import _mysql_connector
-            self.errors += (_mysql_connector.MySQLInterfaceError,)
+        self.driver, self.errors = import_driver()
         self.engine = settings.engine
         self.engines = {}       # pot -> its engine in lower case, once it was looked at
         self.chosen = None      # the address connected to last: no connection elsewhere is used
@@ -1250,6 +1255,9 @@ class MysqlStore(MysqlConnection):
                 raise Broken(
                     f"the table of pot {shown(pot)} has {done['affected_rows']} rows, not one")
         return [done["insert_id"] for done in told]
+
+    # The counter is read and written by one statement, whose reply brings the value. So several
+    # idpots may use one table, with go-idpot among them: the database lets them in one by one.
 
     def take(self, wants):
         if len(wants) > 1:
@@ -1739,7 +1747,8 @@ class Allocator:
             crowd.give_back()
             self._queues.note_failure(batch)
             if len(batch) == 1:
-                for job in itertools.chain(*batch.values()):
+                [jobs] = batch.values()
+                for job in jobs:
                     job.finish(error=INTERNAL)
         finally:
             if batch:
@@ -2202,7 +2211,12 @@ def ask(head, body, settings):
 # ------------------------------------------------------------------------------------- connections
 # Threads: the main one accepts (serve_forever) and looks at all connections (service_actions); each
 # connection has one; the allocator's workers; the Writer; one for each answer that waits for its
-# client.
+# client. What is not here is socketserver's: its loop calls get_request(), process_request() and
+# service_actions(); its process_request_thread() makes a Connection, and calls that one's setup(),
+# handle() and finish().
+#
+# Locks: who has a turn may take any other; Troubles' is held when the Writer's is taken, and that
+# when Metrics' is. Under the Queues' none is taken.
 #
 # A connection's `turn` is a lock. Who holds it does the next thing for the connection, alone: reads
 # a request, answers it, or keeps it in a Crowd. The turn goes from thread to thread with a request
@@ -2210,7 +2224,7 @@ def ask(head, body, settings):
 # (name, since, job); for ASKING, since is when the request began, and job its Job:
 #
 #   IDLE      until the client sends its next request; nobody has the turn, or a Crowd keeps it
-#   READING   a request arrives: read_request(), by the connection's thread, or by a worker if whole
+#   READING   a request arrives: serve_request(), by the connection's thread, or a worker if whole
 #   ASKING    a Job is with the allocator; whoever answers it has the turn
 #   SENDING   the client did not take the answer at once; a short-lived thread sends the rest
 #   CLOSING   the last answer was sent; only the connection's thread closes
