@@ -269,7 +269,7 @@ SETTINGS = {    # section -> name -> (default as the file writes it, converter)
         "Username": ("root", str),
         "Password": ("", str),
         "Dbname": ("idpot", str),
-        "Engine": ("MyISAM", engine_name),      # go-idpot's
+        "Engine": ("MyISAM", engine_name),      # go-idpot's default
         "Connections": ("8", functools.partial(whole_number, low=1, high=64)),
     },
     "Sqlite": {"File": ("idpot.db", str)},
@@ -610,6 +610,10 @@ class Writer(logging.Handler):
             if lines:
                 self._add(self._file, "<6>", "\n".join(lines))
 
+    def handle(self, record):
+        with self.lock:     # which the stock method, in Python, may keep where memory ends
+            self.emit(record)
+
     def emit(self, record):
         self._add(None, self.PRIORITIES[record.levelno], self.format(record))
 
@@ -641,11 +645,10 @@ class Writer(logging.Handler):
             lines = [line for file, line in waiting if file]
             events = [line for file, line in waiting if not file]
             if events:      # first: they may tell why the file cannot be written
-                write_all(2, "\n".join(events) + "\n")
+                with suppress(OSError):     # nobody reads stderr any more
+                    write_all(2, "\n".join(events) + "\n")
             if lines:
                 self._file.emit(logging.makeLogRecord({"msg": "\n".join(lines)}))
-        except OSError:         # nobody reads stderr any more
-            pass
         finally:
             with self.lock:
                 self._size -= size
@@ -867,7 +870,7 @@ SHUNNED = 60.0          # seconds for which an address that was silent, or refus
 
 
 def error_number(error):
-    """The number of a driver's error: 2027, a malformed packet, where it has none."""
+    """The number of the driver's or the system's error; 2027, a malformed packet, for others."""
     return getattr(error, "errno", None) or 2027
 
 
@@ -903,17 +906,18 @@ def import_driver():
     if mysql.connector.HAVE_CEXT:       # has another for all but the first of several statements
         import _mysql_connector
         own.append(_mysql_connector.MySQLInterfaceError)
-    # The others where it cannot read what came, since it is none of MySQL's.
-    return mysql.connector, (*own, LookupError, OSError, RuntimeError, ValueError, struct.error)
+    # The others come where what was received is not MySQL's protocol.
+    return mysql.connector, (*own, AttributeError, LookupError, OSError, RuntimeError, ValueError,
+                             struct.error)
 
 
 class MysqlServers:
     """The addresses where the database is, which of them is used, and whether it may issue IDs.
 
     The first address that can issue IDs is used. One that hung or refused is tried last for a
-    minute, and is the first again after that: the handbook says how a server that was left is kept
-    from counting for itself. All workers share this object without a lock: each attribute is set to
-    a whole new value, or to what the others would set it to.
+    minute; who connects after that tries it first again: the handbook says how a server that was
+    left is kept from counting for itself. All workers share this object without a lock: what one
+    sets is a whole value, or what the others would set.
     """
 
     def __init__(self, settings):
@@ -992,7 +996,9 @@ class MysqlServers:
         if silent:
             self._shunned[address] = monotonic()
         metrics.add(f'idpot_db_errors_total{{errno="{number}"}}')
-        text = str(error) if hasattr(error, "errno") else f"malformed packet: {error!r}"
+        text = str(error)
+        if not hasattr(error, "errno"):
+            text = f"malformed packet: {type(error).__name__}: {text}"
         detail = re.sub(r"[\0-\x20\x7f-\x9f]+", " ", text)
         # What the two forms of the driver say to caching_sha2_password without TLS.
         if number == (2061 if self.driver.HAVE_CEXT else 1045):
@@ -1049,7 +1055,8 @@ class MysqlServers:
         elif state.get("wsrep_on") == "ON":
             kind = "Galera"
             cluster = "the Galera cluster"
-        self.cluster = self.cluster or cluster
+        if cluster:
+            self.cluster = self.cluster or cluster
         if cluster != self.cluster:
             raise Retry(f"{CANNOT}: its server is not in {self.cluster}")
         self.kind = kind
@@ -1091,8 +1098,8 @@ class MysqlServers:
 
 
 class MysqlConnection(Store):
-    """What of the contract is not about pots: a connection to MySQL or MariaDB, made when it is
-    needed, and thrown away after any trouble that is not one pot's."""
+    """A connection to MySQL or MariaDB, made when it is needed, and thrown away after any trouble
+    that is not one pot's."""
 
     def __init__(self, servers):
         self._servers = servers
@@ -1192,24 +1199,26 @@ class MysqlConnection(Store):
         return self._guarded(pots, execute, self._connection, statement)
 
     def _confirm(self, complete, asks):
-        """Raises Retry where what the server has just told does not count; asks: whether it is to
-        say now that it may be written, since the statements did not ask that."""
+        """Raises Retry where what the server has just told does not count; asks: whether the server
+        is to be asked if it may be written, since the statements did not ask that."""
         reason = ""
         if not complete:
             reason = "a reply is missing"
             self._servers.note_batch(None)
         elif self._connection.in_transaction:       # a trigger or a proxy, say, has begun one
             reason = "the statement was not committed"
-        elif asks and not self._guarded((), execute, self._connection,
-                                        f"SELECT 1 FROM DUAL WHERE TRUE{self._servers.writable}"):
-            reason = "it has become read-only (error 1290)"
-        elif self._address != self._servers.chosen:     # it may have waited there meanwhile
-            reason = "its address was given up meanwhile"
+        else:
+            if monotonic() > self._seen + BELIEVED:
+                self._guarded((), self._servers.examine, self._connection, self._address)
+            if asks and self._servers.writable and not self._guarded(
+                    (), execute, self._connection,
+                    f"SELECT 1 FROM DUAL WHERE TRUE{self._servers.writable}"):
+                reason = "it has become read-only (error 1290)"
+            elif self._address != self._servers.chosen:     # it may have waited there meanwhile
+                reason = "its address was given up meanwhile"
         if reason:
             self.close()
             raise Retry(f"{CANNOT}: {reason}")
-        if monotonic() > self._seen + BELIEVED:
-            self._guarded((), self._servers.examine, self._connection, self._address)
 
     def close(self):
         connection, self._connection = self._connection, None
@@ -1235,7 +1244,7 @@ class MysqlStore(MysqlConnection):
         """Sets the counters of pots to SQL values; returns for each pot the argument of
         LAST_INSERT_ID in its value, from its own statement's reply, or 0 where that was not called.
 
-        Of several pots those whose tables have transactions come last: they are taken in one.
+        Of several pots those whose tables have transactions come last, and share one transaction.
         """
         statements = [f"UPDATE `pot_{pot}` SET id = {value}" for pot, value in zip(pots, values)]
         plain = len(pots)
@@ -1272,7 +1281,8 @@ class MysqlStore(MysqlConnection):
     def _take_together(self, wants):
         # Always in this order: two idpots cannot lock each other out.
         order = sorted(wants, key=lambda want: (self._servers.is_transactional(want[0]), want))
-        # Without IF: the server takes a fifth less time. What it would have told is seen below.
+        # Without IF the server takes a fifth less time. What that refuses is an error then (1264,
+        # 1690), or shows below, though the counter has moved: each pot is tried alone after either.
         lasts = self._update([pot for pot, _, _ in order],
                              [f"LAST_INSERT_ID(id + {count})" for _, count, _ in order])
         if any(last < floor + count for (_, count, floor), last in zip(order, lasts)):
@@ -1288,8 +1298,8 @@ class MysqlStore(MysqlConnection):
         if max(current, floor) > MAX_ID - count:
             raise Exhausted(f"pot {shown(pot)} is exhausted: fewer than {count} IDs are left")
         if current < floor:
-            troubles.begin(f"pot {pot}", f"the counter of pot {pot} was set back to {current}, "
-                                         f"but {floor} was given: it goes on above that")
+            log.warning("the counter of pot %s was set back to %d, but %d was given: it goes on "
+                        "above that", pot, current, floor)
             self.raise_to(pot, floor)
             raise Retry(f"the counter of pot {shown(pot)} was set back")
         text = f"the counter of pot {shown(pot)} was changed by others, or its table has a trigger"
@@ -1425,6 +1435,8 @@ class Crowd:
 
     def __init__(self):
         self._epoll = None
+        # A descriptor stays registered while its connection comes and goes at each request: that
+        # saves a call of the kernel for each.
         self._watched = {}      # descriptor -> the connection that it was registered for
         self.members = {}       # descriptor -> a connection that may send its next request
 
@@ -1453,6 +1465,19 @@ class Crowd:
                 # It sends while it waits for an answer, say: epoll would tell that again and again.
                 with suppress(OSError):     # it is closed
                     self._epoll.unregister(descriptor)
+
+    def read_on(self, patience, add_all):
+        """Hands the jobs to add_all(), until nothing more is there. No other worker is woken for
+        them: this one takes next whatever waits."""
+        while self.members:
+            jobs = []
+            try:
+                self.read(patience, jobs)
+            finally:
+                add_all(jobs)
+            if not jobs:
+                break
+            patience = 0
 
     def give_back(self):
         """Gives all turns back; the threads of the connections read on."""
@@ -1551,7 +1576,8 @@ class Queues:
 
     def next_batch(self, floors, most):
         """{pot: its jobs} of the pots that have waited longest: several, where each has a floor, is
-        no suspect, and is asked for nothing but IDs that it has. Others are left to another worker.
+        no suspect, and is asked for nothing but IDs, of which enough are left as far as the floor
+        tells. Others are left to another worker.
         """
         batch = {}
         with self._lock:
@@ -1559,6 +1585,8 @@ class Queues:
                 pot = self.waiting[0]
                 jobs = self._unanswered(pot)
                 counts = [job.count for job in jobs]
+                # A new pot is to be looked at first, a suspect may fail or take long, and what has
+                # too few IDs left would fail: that is to cost the others nothing.
                 single = (pot not in floors or pot in self.suspects or 0 in counts
                           or floors[pot] > MAX_ID - sum(counts))
                 if single and batch:
@@ -1727,7 +1755,8 @@ class Allocator:
                 self._queues.release(batch, self._floors)
                 batch = {}
             if crowd.members:
-                self._read_on(crowd)
+                patience = 0 if self._queues.waiting else self.GATHER
+                crowd.read_on(patience, self._queues.add_all)
             done = True
         except Unavailable as error:
             done = connected
@@ -1754,20 +1783,6 @@ class Allocator:
             if batch:
                 self._queues.release(batch, self._floors)
         return done
-
-    def _read_on(self, crowd):
-        """Queues what the crowd sends next, until nothing more is there: this worker takes next
-        whatever waits, so no other is woken for it."""
-        patience = 0 if self._queues.waiting else self.GATHER
-        while crowd.members:
-            jobs = []
-            try:
-                crowd.read(patience, jobs)
-            finally:
-                self._queues.add_all(jobs)
-            if not jobs:
-                break
-            patience = 0
 
     def _serve(self, store, batch, crowd):
         """Raises Retry where some jobs are to be tried again; others may be answered by then."""
@@ -2741,8 +2756,8 @@ class Server(http.server.ThreadingHTTPServer):
             request, client_address = own.get()
 
     def shutdown_request(self, request):
-        self.connections.pop(request, None)
         request.close()
+        self.connections.pop(request, None)
 
     def handle_error(self, request, client_address):
         """A connection could not be served, for lack of threads or memory, say."""
@@ -2751,14 +2766,14 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _make_room(self):
         """Ends the connection that has been silent longest, and waits until one is closed."""
-        # Not by a threading.Event: a thread that lacks memory in its Python code keeps its lock.
+        # No threading.Event: that is Python code, where a lack of memory may leave its lock taken.
         before = len(self.connections)
         longest = min(self.made(), key=Connection.silent_since, default=None)
         if longest and longest.silent_since() < monotonic() - 0.1:
             longest.shut()
         deadline = monotonic() + 0.05
         while len(self.connections) >= before and monotonic() < deadline:
-            time.sleep(0.001)
+            time.sleep(0.002)
 
 
 # ------------------------------------------------------------------------------------------ client

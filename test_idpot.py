@@ -5731,6 +5731,22 @@ def test_lines_that_nobody_reads_are_bounded_in_bytes(run):
         assert server.stop() == 0
 
 
+def test_the_file_gets_its_lines_though_nobody_reads_those_of_events(tmp_path, monkeypatch):
+    write_all = idpot.write_all
+
+    def write(descriptor, text):
+        if descriptor == 2:
+            raise BrokenPipeError
+        write_all(descriptor, text)
+
+    monkeypatch.setattr(idpot, "write_all", write)
+    writer = idpot.Writer(idpot.StrftimeFileHandler(f"{tmp_path}/access.log"))
+    writer.handle(logging.makeLogRecord({"msg": "an event", "levelno": logging.INFO}))
+    writer.note(("127.0.0.1", idpot.parse_head(GOOD), 200, 1, 0.1))
+    writer._write()
+    assert '"POST /id/p HTTP/1.1" 200 1 ' in (tmp_path / "access.log").read_text()
+
+
 def test_it_serves_with_stderr_closed_and_nothing_else_gets_the_lines(run):
     server = run(listen=f"127.0.0.1:{free_port()}")
     server.create("p")
