@@ -385,27 +385,26 @@ METRICS = {     # name -> (type, help)
 }
 
 
+HISTOGRAM = "idpot_http_request_duration_seconds"
+BUCKETS = {f'{HISTOGRAM}_bucket{{le="{limit}"}}': float(limit) for limit in (
+    "0.0005", "0.001", "0.0025", "0.005", "0.01", "0.025", "0.05", "0.1", "0.25", "0.5", "1",
+    "2.5", "5", "10", "+Inf")}
+COUNTED = (         # the series that are told before there is something to count
+    "idpot_ids_issued_total", "idpot_db_statements_total", "idpot_db_seconds_total",
+    "idpot_db_retries_total", *BUCKETS, f"{HISTOGRAM}_sum", f"{HISTOGRAM}_count")
+
+
 class Metrics:
     """What /metrics tells, counted since the start."""
-    BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10,
-               math.inf)
-    COUNTED = ("idpot_ids_issued_total", "idpot_db_statements_total", "idpot_db_seconds_total",
-               "idpot_db_retries_total", "idpot_http_request_duration_seconds_sum")
 
     def __init__(self):
-        self._lock = threading.Lock()       # guards the next two
-        self._counters = collections.Counter(dict.fromkeys(self.COUNTED, 0))    # by series
-        self._within = [0] * len(self.BUCKETS)      # requests answered within so many seconds
+        self._lock = threading.Lock()       # guards the counters
+        self._counters = collections.Counter(dict.fromkeys(COUNTED, 0))     # by series
         self._start = time.time()
 
     def add(self, series, amount=1):
         with self._lock:
             self._counters[series] += amount
-
-    def add_taken(self, statements, ids):
-        with self._lock:
-            self._counters["idpot_db_statements_total"] += statements
-            self._counters["idpot_ids_issued_total"] += ids
 
     def count(self, answers):
         """Counts answers, as the Writer has them."""
@@ -414,19 +413,15 @@ class Metrics:
         with self._lock:
             for (labels, status), number in kinds.items():
                 self._counters[f'idpot_http_requests_total{{{labels},code="{status}"}}'] += number
-            self._counters["idpot_http_request_duration_seconds_sum"] += sum(times)
-            for at, limit in enumerate(self.BUCKETS):
-                self._within[at] += bisect.bisect_right(times, limit)
+            self._counters[f"{HISTOGRAM}_sum"] += sum(times)
+            self._counters[f"{HISTOGRAM}_count"] += len(times)
+            for series, limit in BUCKETS.items():
+                self._counters[series] += bisect.bisect_right(times, limit)
 
     def text(self, gauges):
         """The Prometheus text format, version 0.0.4; gauges: further series and their values."""
-        histogram = "idpot_http_request_duration_seconds"
         with self._lock:
             series = {**self._counters, **gauges}
-            within = self._within[:]
-        for limit, count in zip([*self.BUCKETS[:-1], "+Inf"], within):
-            series[f'{histogram}_bucket{{le="{limit}"}}'] = count
-        series[f"{histogram}_count"] = within[-1]
         series[f'idpot_build_info{{version="{__version__}",python="{sys.version.split()[0]}"}}'] = 1
         with suppress(OSError):      # /proc is hidden, or no descriptor is left
             with open("/proc/self/statm") as file:
@@ -1862,7 +1857,8 @@ class Allocator:
                     f"the table of pot {shown(pot)} does not count: {last} is behind {floor}")
             self._floors[pot] = last
         self._taken = wants[-1][0]
-        metrics.add_taken(len(wants), total)
+        metrics.add("idpot_db_statements_total", len(wants))
+        metrics.add("idpot_ids_issued_total", total)
         now = monotonic()
         if sum(map(len, batch.values())) > 1:
             self._crowded = now + self.CROWDED
