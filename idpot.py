@@ -43,6 +43,7 @@ import sys
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from time import monotonic
 from typing import Callable, NamedTuple
@@ -2926,20 +2927,11 @@ class Client(AbstractContextManager):
 def start_or_stop(store):
     """What store.start() returns. A stop signal meanwhile ends the process at once, whatever a
     silent database keeps waiting; as PID 1, too, to which the kernel brings no signal's default."""
-    started = threading.Event()
-
-    def watch():
-        while not started.is_set():
-            if signal.sigtimedwait(STOPS, 0.02):
-                os._exit(0)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        return store.start()
-    finally:
-        started.set()
-        watcher.join()
+    start = ThreadPoolExecutor(1).submit(store.start)
+    while not start.done():
+        if signal.sigtimedwait(STOPS, 0.02):
+            os._exit(0)
+    return start.result()
 
 
 def serve(settings, writer):
