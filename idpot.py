@@ -244,11 +244,9 @@ def check_place(what, path):
 def check_link(path):
     """Raises StartError where no symlink could be set; writes nothing."""
     what = f"LogLinkName {shown(path)}"
-    folder = os.path.dirname(path) or "."
     if os.path.lexists(path) and not os.path.islink(path):
         raise StartError(f"{what}: it is there and is not a symlink")
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise StartError(f"{what}: its folder cannot be written")
+    check_place(what, f"{path}.{os.getpid()}")      # as it is set
 
 
 SETTINGS = {    # section -> name -> (default as the file writes it, converter)
