@@ -768,12 +768,9 @@ class SqliteStore(Store):
 
     def _check_file(self):
         """Raises Refused where the path no longer names the file that is open and locked."""
-        try:
-            now = os.stat(self._path)
-            if now.st_ino == self._file.st_ino and now.st_dev == self._file.st_dev:
+        with suppress(OSError):
+            if os.path.samestat(os.stat(self._path), self._file):
                 return
-        except OSError:
-            pass
         text = f"{self._place} was moved, removed or replaced: restart idpot"
         troubles.begin(self._what, text)
         raise Refused(text)
