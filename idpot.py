@@ -2286,14 +2286,12 @@ class Incoming:
     def begins(self):
         """Waits for the beginning of a request, behind empty lines if any come (RFC 9112, 2.2);
         returns False at the end of the client's sending."""
-        if not self.buffer and not self.receive():
-            return False
-        tries = 8       # then RequestTimeout begins: nobody stays by sending nothing but these
-        while self.buffer[:2] == b"\r\n" and tries:
-            self.buffer = EMPTY_LINES.sub(b"", self.buffer, 1)
-            tries -= 1
-            if tries and not self.buffer and not self.receive():
+        for _ in range(8):      # then RequestTimeout begins: nobody stays by sending only these
+            if not self.buffer and not self.receive():
                 return False
+            if self.buffer[:2] != b"\r\n":
+                break
+            self.buffer = EMPTY_LINES.sub(b"", self.buffer, 1)
         return True
 
     def _receive_more(self):
