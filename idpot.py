@@ -2585,11 +2585,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     # By the main thread, which has no turn.
 
-    def silent_since(self):
-        """When the client's silence began; infinity while it is the server that is to answer."""
-        name, since, _ = self.state
-        return math.inf if name == ASKING else since
-
     def shut(self):
         """Ends the wait for a client that is to send, or to read."""
         reads = self.state[0] == SENDING
@@ -2751,8 +2746,9 @@ class Server(http.server.ThreadingHTTPServer):
         """Ends the connection that has been silent longest, and waits until one is closed."""
         # No threading.Event: that is Python code, where a lack of memory may leave its lock taken.
         before = len(self.connections)
-        longest = min(self.made(), key=Connection.silent_since, default=None)
-        if longest and longest.silent_since() < monotonic() - 0.1:
+        silent = [one for one in self.made() if one.state[0] != ASKING]
+        longest = min(silent, key=lambda one: one.state[1], default=None)
+        if longest and longest.state[1] < monotonic() - 0.1:
             longest.shut()
         deadline = monotonic() + 0.05
         while len(self.connections) >= before and monotonic() < deadline:
