@@ -1107,7 +1107,7 @@ class MysqlConnection(Store):
 
     def start(self):
         try:
-            self._connect_first()
+            self.probe()
         except Retry as error:      # it may come later
             troubles.begin(self._servers.subject, error.detail)
         if self._servers.ignored:
@@ -1119,17 +1119,12 @@ class MysqlConnection(Store):
         return self._servers.what
 
     def probe(self):
-        self._connect_first()
-        return f"{self._servers.what} is reached"
-
-    def _connect_first(self):
-        now = monotonic()
         try:
             self._choose()
-            self._seen = now
         except Unavailable as error:
             error.detail = f"{self._servers.subject}: {error.detail}"
             raise
+        return f"{self._servers.what} is reached"
 
     def connect(self, believed=BELIEVED):
         """Sees to a connection to a server that was seen to be able to issue IDs at most `believed`
@@ -1141,12 +1136,12 @@ class MysqlConnection(Store):
             self._guarded((), self._choose)
         elif now > self._seen + believed:
             self._guarded((), self._servers.examine, self._connection, self._address)
-        else:
-            return
-        self._seen = now
+            self._seen = now
 
     def _choose(self):
+        now = monotonic()
         self._connection, self._address = self._servers.choose()
+        self._seen = now
 
     def _guarded(self, pots, function, *arguments):
         """What function(*arguments) returns, which concerns these pots.
