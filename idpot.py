@@ -322,8 +322,8 @@ def dsn_of_names(values):
 
 def load_settings(path=None):
     """The settings of the file, or the defaults: each name in lower case; `dsn`; `mysql`, whether
-    the pots are there; `written`, the names in the file. An empty value means the default, but
-    for the tokens: without one the server is open. Raises SettingsError."""
+    the pots are there; `listens`, whether the file says where. An empty value means the default,
+    but for the tokens: without one the server is open. Raises SettingsError."""
     try:
         reader = SettingsReader(path or os.devnull)
     except (OSError, UnicodeDecodeError) as error:
@@ -340,10 +340,8 @@ def load_settings(path=None):
     if {"Mysql", "Sqlite"} <= set(given):
         raise SettingsError(f"{path}: [Mysql] and [Sqlite] are both given: keep one")
     values = {}
-    written = set()
     for section, rows in SETTINGS.items():
         texts = dict(reader[section]) if section in given else {}
-        written.update(texts)
         for name, (default, convert) in rows.items():
             text = texts.pop(name.lower(), None)
             try:
@@ -360,7 +358,8 @@ def load_settings(path=None):
             raise SettingsError(f"{path}: unknown name {shown(name)} in [{section}]")
     dsn = values["connectstring"] or dsn_of_names(values)
     values["admintoken"] = values["admintoken"] or values["token"]
-    return types.SimpleNamespace(**values, dsn=dsn, mysql="Mysql" in given, written=written)
+    return types.SimpleNamespace(**values, dsn=dsn, mysql="Mysql" in given,
+                                 listens=reader.has_option("Server", "listen"))
 
 
 # ----------------------------------------------------------------------------------------- metrics
@@ -2915,7 +2914,7 @@ def serve(settings, writer):
     stores = (MysqlStore if settings.mysql else SqliteStore).all(settings)
     description = start_or_stop(stores[0])
     allocator = Allocator(stores, 10 * settings.timeout + 10)   # it may wait at each address
-    listener = listen(*settings.listen, "listen" in settings.written)
+    listener = listen(*settings.listen, settings.listens)
     server = Server(settings, listener, allocator, writer)
     try:
         allocator.start()
@@ -2950,7 +2949,7 @@ def run(arguments):
     settings = load_settings(arguments.config)
     if arguments.listen:
         settings.listen = arguments.listen
-        settings.written.add("listen")
+        settings.listens = True
     if arguments.check:
         path = time.strftime(settings.logfile)
         if path:
