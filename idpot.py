@@ -2069,6 +2069,9 @@ def malformed_head(data):
 
 PROBE = 1.8             # seconds for /healthz: with the 0.2 between looks it is answered within 2
 METRICS_TEXT = Question("")     # is answered by the server itself
+HEALTH_CHECK = Question(HEALTH, call=Allocator.check, render=lambda _: b"ok", patience=PROBE)
+LIST_OF_POTS = Question(ALL_POTS, call=Allocator.list_pots, render=lambda rows: "".join(
+    [f"{pot}\t{value}\n" for pot, value in rows]).encode())
 FORM_FIELDS = {     # route -> what a POST there may have
     "/id/{pot}": ("count", "range"),
     "/pot/create": ("name", "min"),
@@ -2119,23 +2122,14 @@ def raise_pot(_, fields):
     return Question(pot, call=lambda allocator, store, pot: allocator.raise_to(store, pot, low))
 
 
-def get_pots(*_):
-    return Question(ALL_POTS, call=Allocator.list_pots, render=lambda rows: "".join(
-        [f"{pot}\t{value}\n" for pot, value in rows]).encode())
-
-
-def get_health(*_):
-    return Question(HEALTH, call=Allocator.check, render=lambda _: b"ok", patience=PROBE)
-
-
 # Route -> method -> what does it; HEAD is GET. Pots may have the names create and raise.
 ACTIONS = {
     "/id/{pot}": {"GET": get_id, "POST": take_ids},
     "/pot/{pot}": {"GET": get_pot},
     "/pot/create": {"GET": get_pot, "POST": create_pot},
     "/pot/raise": {"GET": get_pot, "POST": raise_pot},
-    "/pot": {"GET": get_pots},
-    "/healthz": {"GET": get_health},
+    "/pot": {"GET": lambda *_: LIST_OF_POTS},
+    "/healthz": {"GET": lambda *_: HEALTH_CHECK},
     "/metrics": {"GET": lambda *_: METRICS_TEXT},
 }
 
