@@ -1533,12 +1533,7 @@ class Queues:
         if self._idle:
             self._idle.pop()[1].put(None)
 
-    def wake_all(self):
-        with self._lock:
-            while self._idle:
-                self._wake_one()
-
-    def go_idle(self, store, wakes, stopped):
+    def go_idle(self, store, wakes):
         """Puts the worker to the idle ones, to be woken by an item of wakes, and returns True; or
         False, where a pot waits for it. One without a connection leaves that to one that has."""
         with self._lock:
@@ -1548,8 +1543,6 @@ class Queues:
             for _ in self.waiting:
                 self._wake_one()
             self._idle.insert(len(self._idle) if store.connected else 0, (store, wakes))
-            if stopped.is_set():        # wake_all() may not have met this one
-                wakes.put(None)
             return True
 
     def next_batch(self, floors, most):
@@ -1637,6 +1630,7 @@ class Allocator:
         self._queues = Queues()
         self.submit = self._queues.add
         self._crowds = {store: Crowd() for store in stores}
+        self._wakes = {store: queue.SimpleQueue() for store in stores}      # an item: look for work
         self._threads = [threading.Thread(target=self._work, args=(store,), daemon=True)
                          for store in stores]
         self._stopped = threading.Event()
@@ -1671,7 +1665,8 @@ class Allocator:
     def stop(self, patience=1.0):
         """Has the workers close their stores and end; waits patience seconds at most."""
         self._stopped.set()
-        self._queues.wake_all()
+        for wakes in self._wakes.values():
+            wakes.put(None)
         deadline = monotonic() + patience
         for thread in self._threads:
             thread.join(max(0, deadline - monotonic()))
@@ -1701,10 +1696,10 @@ class Allocator:
 
     def _work(self, store):
         crowd = self._crowds[store]
-        wakes = queue.SimpleQueue()
+        wakes = self._wakes[store]
         failures = 0
         while not self._stopped.is_set():
-            if self._queues.go_idle(store, wakes, self._stopped):
+            if self._queues.go_idle(store, wakes):
                 self._busy.pop(store, None)
                 crowd.end()
                 failures = 0

@@ -875,7 +875,7 @@ def test_a_pot_whose_ids_are_too_few_is_no_part_of_a_call_for_several():
 def test_who_takes_a_pot_that_is_served_alone_wakes_another_worker_for_the_rest():
     queues = idpot.Queues()
     wakes = queue.SimpleQueue()
-    assert queues.go_idle(MemoryStore(), wakes, threading.Event())
+    assert queues.go_idle(MemoryStore(), wakes)
     queues.add_all([idpot.Job(idpot.Question(pot, 1), print) for pot in "pq"])
     assert wakes.empty()
     assert [*queues.next_batch({}, 64)] == ["p"]
