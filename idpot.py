@@ -1983,12 +1983,6 @@ def parse_length(headers, old):
     return int(length)
 
 
-def check_request_line(data):
-    if not REQUEST_LINE.match(data):
-        line = data.partition(b"\r\n")[0].decode("latin-1")
-        raise BadRequest(f"{shown(line)} is not a request line")
-
-
 def check_beginning(data):
     """Raises what is wrong already with a head, of which this has come."""
     end = data.find(b"\n") + 1
@@ -1996,17 +1990,18 @@ def check_beginning(data):
         raise IdpotError("the request line is too long", status=414)
     if data.count(b"\n") > data.count(b"\r\n"):
         raise BadRequest("a line ends in a bare LF")
-    if end:
-        check_request_line(data)
+    if end and not REQUEST_LINE.match(data):
+        line = data.partition(b"\r\n")[0].decode("latin-1")
+        raise BadRequest(f"{shown(line)} is not a request line")
     if len(data) > MAX_HEAD:
         raise IdpotError("the header is too long", status=431)
 
 
 def parse_head(data):
     """What a head says, the bytes up to the empty line."""
+    check_beginning(data)
     match = HEAD.fullmatch(data)
     if not match:
-        check_request_line(data)
         raise BadRequest("a header line is malformed")
     method, target, version, lines = match.groups()
     if lines.count(b"\n") > MAX_FIELDS:
@@ -2313,12 +2308,8 @@ class Incoming:
             if self.buffer[:2] == b"\r\n":      # an empty line came in two pieces
                 self.buffer = self.buffer[2:]
                 searched = 0
-        data = self.buffer[:end]
-        if end > SHORT:
-            check_beginning(data)
-            head = parse_head(data)
-        else:
-            head = short_head(data)
+        parse = short_head if end <= SHORT else parse_head
+        head = parse(self.buffer[:end])
         self.buffer = self.buffer[end:]
         return head
 
