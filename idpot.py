@@ -916,7 +916,6 @@ class MysqlServers:
         self.engines = {}       # pot -> its engine in lower case, once it was looked at
         self.chosen = None      # the address connected to last: no connection elsewhere is used
         self.cluster = ""       # what the servers are members of, once one of them told
-        self.kind = ""          # the kind of that cluster
         self.most = Store.most
         self.writable = ""      # WRITABLE, where statements may ask that
         self.ignored = settings.dsn["ignored"]     # names of parameters
@@ -1038,26 +1037,22 @@ class MysqlServers:
             connection, f"SHOW GLOBAL VARIABLES WHERE Variable_name IN ({names})"))
         # A member that is started without the plugin, or with wsrep_on=OFF, looks like a server
         # that was never in a cluster, and would count for itself.
-        kind = cluster = ""
-        if state.get("group_replication_group_name"):
-            kind = "a replication group"
-            cluster = f"the replication group {state['group_replication_group_name']}"
-        elif state.get("wsrep_on") == "ON":
-            kind = "Galera"
-            cluster = "the Galera cluster"
+        cluster = "the Galera cluster" if state.get("wsrep_on") == "ON" else ""
+        group = state.get("group_replication_group_name")
+        if group:
+            cluster = f"the replication group {group}"
         self.cluster = self.cluster or cluster
         if cluster != self.cluster:
             raise Retry(f"{CANNOT}: its server is not in {self.cluster}")
-        self.kind = kind
-        if kind == "Galera":
-            self._examine_node(connection, address)
-        elif kind:
+        if group:
             self._examine_group(connection)
+        elif cluster:
+            self._examine_node(connection, address)
         if any(state.get(name, "OFF") not in ("OFF", "0") for name in READ_ONLY):
             raise Retry(f"{CANNOT}: it is read-only (error 1290)")
         self.writable = "" if state.get("binlog_format") == "STATEMENT" else WRITABLE
-        if kind and self.engine.lower() != "innodb":     # each node would count for itself
-            raise Refused(f"Engine: {kind} replicates InnoDB only, not {self.engine}")
+        if cluster and self.engine.lower() != "innodb":     # each node would count for itself
+            raise Refused(f"Engine: {cluster} replicates InnoDB only, not {self.engine}")
 
     def _examine_node(self, connection, address):
         node = dict(execute(
@@ -1286,9 +1281,9 @@ class MysqlStore(MysqlConnection):
 
     def current(self, pot):
         self.connect()      # which finds out about the cluster
-        kind = self._servers.kind
+        cluster = self._servers.cluster
         engine = self._servers.engines.get(pot)
-        if kind or not engine:
+        if cluster or not engine:
             asks = ("(SELECT engine FROM information_schema.tables "
                     f"WHERE table_schema = DATABASE() AND table_name = 'pot_{pot}')")
         else:
@@ -1299,9 +1294,9 @@ class MysqlStore(MysqlConnection):
             raise Broken(f"the table of pot {shown(pot)} has {count}, not one")
         value, engine = rows[0]
         self._servers.engines[pot] = str(engine).lower()
-        if kind and self._servers.engines[pot] != "innodb":     # each node would count for itself
+        if cluster and self._servers.engines[pot] != "innodb":      # as in examine()
             raise Broken(
-                f"the table of pot {shown(pot)} is {engine}: {kind} replicates InnoDB only")
+                f"the table of pot {shown(pot)} is {engine}: {cluster} replicates InnoDB only")
         if type(value) is not int or value < 0:     # DOUBLE and VARCHAR would repeat IDs
             raise Broken(f"the table of pot {shown(pot)} holds no whole number from 0 up")
         return value

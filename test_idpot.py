@@ -4800,8 +4800,8 @@ def assert_refused(server, reason):
 @pytest.mark.slow
 def test_galera_refuses_myisam_at_the_start(galera, run):
     server = run(**on_cluster(galera[:1], "MyISAM"), wait=False)
-    assert_refused(server, f"MySQL 127.0.0.1:{galera[0].port}: Engine: Galera replicates InnoDB "
-                           "only, not MyISAM")
+    assert_refused(server, f"MySQL 127.0.0.1:{galera[0].port}: Engine: the Galera cluster "
+                           "replicates InnoDB only, not MyISAM")
 
 
 @pytest.mark.slow
@@ -4812,7 +4812,7 @@ def test_galera_refuses_to_create_myisam_later(galera, run):
     finally:
         galera[0].sql("SET GLOBAL wsrep_on = ON")
     assert server.answer("POST", "/pot/create", "name=myisam") == (
-        503, "Engine: Galera replicates InnoDB only, not MyISAM\n")
+        503, "Engine: the Galera cluster replicates InnoDB only, not MyISAM\n")
 
 
 def run_two(run, nodes, pot):
@@ -6339,6 +6339,9 @@ def test_client_raises_where_an_answer_is_not_idpots(method, arguments, answer):
 
 # -------------------------------------------------------------- faults: MySQL Group Replication
 
+GROUP = "6a4e3b52-3f0d-4c0b-9d0e-6b1d706f7400"
+
+
 class GroupNode(Database):
     """A MySQL server that is configured for a replication group on loopback, and outside of it.
 
@@ -6349,7 +6352,7 @@ class GroupNode(Database):
         seeds = ",".join(f"127.0.0.1:{port}" for port in ports)
         super().__init__(
             "--plugin-load-add=group_replication.so",
-            "--group-replication-group-name=6a4e3b52-3f0d-4c0b-9d0e-6b1d706f7400",
+            f"--group-replication-group-name={GROUP}",
             "--group-replication-start-on-boot=OFF",
             f"--group-replication-local-address=127.0.0.1:{ports[number]}",
             f"--group-replication-group-seeds={seeds}",
@@ -6492,8 +6495,8 @@ class TestGroupReplication:
     def test_a_group_member_refuses_myisam_at_the_start(self, founder, run):
         server = run(**on_group_node(founder, "MyISAM"), wait=False)
         assert_refused(
-            server, f"MySQL 127.0.0.1:{founder.port}: Engine: a replication group replicates "
-                    "InnoDB only, not MyISAM")
+            server, f"MySQL 127.0.0.1:{founder.port}: Engine: the replication group {GROUP} "
+                    "replicates InnoDB only, not MyISAM")
 
     def test_a_server_that_joins_a_group_later_is_left_no_empty_myisam_table(self, founder, run):
         founder.restart_outside()
@@ -6509,7 +6512,7 @@ class TestGroupReplication:
             assert founder.sql("SHOW TABLES FROM idpot LIKE 'pot_myisam'") == []
             if state == "OFFLINE":
                 founder.join(founds=True)
-        assert "a replication group replicates InnoDB only, not MyISAM" in text
+        assert f"the replication group {GROUP} replicates InnoDB only, not MyISAM" in text
 
     @pytest.mark.slow
     def test_group_the_primary_changes_as_planned(self, group, run):
