@@ -1226,11 +1226,12 @@ class MysqlStore(MysqlConnection):
         Of several pots those whose tables have transactions come last, and share one transaction;
         always in this order: two idpots cannot lock each other out.
         """
-        pots = sorted(values, key=lambda pot: (self._servers.is_transactional(pot), pot))
-        statements = [f"UPDATE `pot_{pot}` SET id = {values[pot]}" for pot in pots]
+        pots = list(values)
         plain = len(pots)
         if plain > 1:
+            pots.sort(key=lambda pot: (self._servers.is_transactional(pot), pot))
             plain = sum(not self._servers.is_transactional(pot) for pot in pots)
+        statements = [f"UPDATE `pot_{pot}` SET id = {values[pot]}" for pot in pots]
         if plain < len(pots):
             statements.insert(plain, "START TRANSACTION")
             statements.append("COMMIT")

@@ -4875,7 +4875,7 @@ def test_galera_two_creates_at_once_on_two_nodes_make_one_pot(galera, run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cluster, row, reason", [
-    ("galera", [5], "the table of pot \"stray\" is MyISAM: Galera "),
+    ("galera", [5], "the table of pot \"stray\" is MyISAM: the Galera cluster "),
     ("group", [], "the table of pot \"stray\" has no row"),       # the group refuses one
 ])
 def test_a_stray_table_of_myisam_on_a_cluster_costs_its_own_pot_only(
