@@ -1626,7 +1626,8 @@ class Allocator:
         self._queues = Queues()
         self.submit = self._queues.add
         self._crowds = {store: Crowd() for store in stores}
-        self._wakes = {store: queue.SimpleQueue() for store in stores}      # an item: look for work
+        # An item makes a worker look for work, at once, or when it has nothing else to do.
+        self._wakes = {store: queue.SimpleQueue() for store in stores}
         self._threads = [threading.Thread(target=self._work, args=(store,), daemon=True)
                          for store in stores]
         self._stopped = threading.Event()
@@ -1692,14 +1693,13 @@ class Allocator:
 
     def _work(self, store):
         crowd = self._crowds[store]
-        wakes = self._wakes[store]
         failures = 0
         while not self._stopped.is_set():
-            if self._queues.go_idle(store, wakes):
+            if self._queues.go_idle(store, self._wakes[store]):
                 self._busy.pop(store, None)
                 crowd.end()
                 failures = 0
-                wakes.get()
+                self._wakes[store].get()
                 continue
             if failures:        # in a row: a random time, at most a second
                 longest = min(1.0, 0.02 * 2 ** failures)
@@ -1822,16 +1822,14 @@ class Allocator:
         for pot, jobs in batch.items():
             wants.append((pot, sum([job.count for job in jobs]), self._floors[pot]))
         lasts = store.take(wants)
-        total = 0
         for (pot, count, floor), last in zip(wants, lasts):
-            total += count
             if last < floor + count:    # a column of another type, say
                 raise Broken(
                     f"the table of pot {shown(pot)} does not count: {last} is behind {floor}")
             self._floors[pot] = last
         self._taken = wants[-1][0]
         metrics.add("idpot_db_statements_total", len(wants))
-        metrics.add("idpot_ids_issued_total", total)
+        metrics.add("idpot_ids_issued_total", sum([count for _, count, _ in wants]))
         now = monotonic()
         if sum(map(len, batch.values())) > 1:
             self._crowded = now + self.CROWDED
@@ -2878,6 +2876,7 @@ class Client(AbstractContextManager):
 def start_or_stop(store):
     """What store.start() returns. A stop signal meanwhile ends the process at once, whatever a
     silent database keeps waiting; as PID 1, too, to which the kernel brings no signal's default."""
+    # In a thread of its own: no handler of a signal runs while the driver waits.
     start = ThreadPoolExecutor(1).submit(store.start)
     while not start.done():
         if signal.sigtimedwait(STOPS, 0.02):
