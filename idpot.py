@@ -2740,7 +2740,10 @@ class Reply(io.RawIOBase):
         return True
 
     def readinto(self, buffer):
-        self._connection.settimeout(max(0.001, self._deadline - monotonic()))
+        left = self._deadline - monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self._connection.settimeout(left)
         return self._file.readinto(buffer)
 
     def close(self):
@@ -2766,8 +2769,8 @@ class Client(AbstractContextManager):
         kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
         if parts.scheme not in kinds or not parts.hostname or parts.port == 0:
             raise ValueError(f"{url!r} is not http://host:port or https://host:port")
-        if not timeout > 0:
-            raise ValueError(f"timeout {timeout!r} is not above 0")
+        if not 0 < timeout <= 86400:
+            raise ValueError(f"timeout {timeout!r} is not above 0, at most 86400")
         self._timeout = timeout
         self._connection = kinds[parts.scheme](parts.netloc, timeout=timeout)
         self._prefix = parts.path.rstrip("/")
@@ -2856,7 +2859,8 @@ class Client(AbstractContextManager):
                     raise
                 raise IdpotError(f"this is no answer of idpot: {error!r}") from error
         text = data.decode("utf-8", "replace")
-        if len(data) > longest:
+        whole = answer.length == 0 or answer.chunked    # as far as can be told
+        if not whole or len(data) > longest:
             self.close()
         elif answer.status in self.ERRORS and re.fullmatch("[^\n]+\n", text):
             raise self.ERRORS[answer.status](text.strip())

@@ -6224,15 +6224,19 @@ class TestClient:
         lambda url: idpot.Client(url.replace("http", "ftp")).next("p"),
         lambda url: idpot.Client(url.replace("http://", "")).next("p"),
         lambda url: idpot.Client(url + "x").next("p"),
-        lambda url: idpot.Client(url, timeout=0).next("p")])
+        lambda url: idpot.Client(url, timeout=0).next("p"),
+        lambda url: idpot.Client(url, timeout=math.inf).next("p")])
     def test_client_sends_nothing_where_an_argument_cannot_be(self, call):
         with ScriptedServer("1") as server, pytest.raises((ValueError, idpot.IdpotError)):
             call(server.url)
         assert server.requests == []
 
-    def test_client_waits_no_longer_than_its_timeout_in_all(self):
-        drops = [b"%c" % byte for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n7"]
-        with ScriptedServer(drops) as server, idpot.Client(server.url, timeout=0.5) as client:
+    @pytest.mark.parametrize("pieces", [
+        [b"%c" % byte for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n7"],
+        [b"HTTP/1.1 100 Continue\r\n\r\n" * 3000000],
+    ])
+    def test_client_waits_no_longer_than_its_timeout_in_all(self, pieces):
+        with ScriptedServer(pieces) as server, idpot.Client(server.url, timeout=0.5) as client:
             with within(1.5), pytest.raises(TimeoutError):
                 client.next("p")
 
@@ -6320,6 +6324,9 @@ class TestClient:
 @pytest.mark.parametrize("answer", [
     b"HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n<html>hi</html>",
     b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n12",     # the connection is cut
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n12\r\n",
+    b"HTTP/1.1 200 OK\r\n\r\n12",
     b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n1\n2\n3\n",
     b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n\xff\xfe",
     b"HTTP/1.1 302 Found\r\nLocation: /login\r\nContent-Length: 0\r\n\r\n",
