@@ -320,14 +320,24 @@ def dsn_of_names(values):
     }
 
 
+def check_token_text(token):
+    if not token:
+        raise SettingsError("it is written, but empty")
+    if token != token.strip():      # no request can carry it
+        raise SettingsError("it begins or ends with a space")
+
+
 def load_settings(path=None):
     """The settings of the file, or the defaults: each name in lower case; `dsn`; `mysql`, whether
     the pots are there; `listens`, whether the file says where. An empty value means the default,
     but for the tokens: without one the server is open. Raises SettingsError."""
+    if path is None:
+        path = os.devnull
     try:
-        reader = SettingsReader(path or os.devnull)
+        reader = SettingsReader(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: {getattr(error, 'strerror', None) or error}")
+        reason = getattr(error, "strerror", None) or error
+        raise SettingsError(f"{path or shown(path)}: {reason}")
     except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
         raise SettingsError(f"{path}:{error.lineno}: this is there twice")
     except configparser.Error as error:     # its own text could show a password
@@ -346,16 +356,17 @@ def load_settings(path=None):
             text = texts.pop(name.lower(), None)
             try:
                 value = setting_value(text or "")
-                if text is not None and not value and name in ("Token", "AdminToken"):
-                    raise SettingsError("it is written, but empty")
+                if text is not None and name in ("Token", "AdminToken"):
+                    check_token_text(value)
                 values[name.lower()] = convert(value or default)
             except IdpotError as error:
                 hint = ": what has a ; or # in it wants double quotes"
                 if not re.search("[;#]", text or ""):
                     hint = ""
                 raise SettingsError(f"{path}: [{section}] {name}: {error}{hint}")
-        for name in texts:
-            raise SettingsError(f"{path}: unknown name {shown(name)} in [{section}]")
+        for name in texts:      # what has more than letters may be a value, and that a password
+            name = shown(name) if re.fullmatch("[a-z_-]+", name) else "(not shown)"
+            raise SettingsError(f"{path}: unknown name {name} in [{section}]")
     dsn = values["connectstring"] or dsn_of_names(values)
     values["admintoken"] = values["admintoken"] or values["token"]
     return types.SimpleNamespace(**values, dsn=dsn, mysql="Mysql" in given,
@@ -2300,7 +2311,7 @@ class Incoming:
             searched = max(0, len(self.buffer) - 3)
             self._receive_more()
             if self.buffer[:2] == b"\r\n":      # an empty line came in two pieces
-                self.buffer = self.buffer[2:]
+                self.buffer = EMPTY_LINES.sub(b"", self.buffer, 1)
                 searched = 0
         parse = short_head if end <= SHORT else parse_head
         head = parse(self.buffer[:end])

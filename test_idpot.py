@@ -1502,6 +1502,9 @@ HINTED_SETTINGS = [     # the text of f.cfg, words of what is said
     ("[Server]\nToken = ;abc", "[Server] Token: "),
     ('[Server]\nToken = t\nAdminToken = ""', "[Server] AdminToken: "),
     ("[Server]\nToken =", "[Server] Token: it is written, but empty"),
+    ('[Server]\nToken = "a "', "[Server] Token: it begins or ends with a space"),
+    ("[Mysql]\nConnectString: u:secret@/d?tls=true", "f.cfg: unknown name (not shown) in [Mysql]"),
+    ("[Mysql]\nPassword: secret=", "f.cfg: unknown name (not shown) in [Mysql]"),
     ("[Mysql]\nConnectString = u:p;secret@/d", "double quotes"),
     ("[Mysql]\nConnectString = u:p#secret@/d", "double quotes"),
     ("[Mysql]\nConnectString = u@tcp(a,b,)/d", "[Mysql] ConnectString: "),
@@ -1647,6 +1650,8 @@ class TestSettings:
         assert idpot.main(["--config=no.cfg", "--check"]) == 1
         message = "idpot: no.cfg: No such file or directory\n"
         assert capsys.readouterr() == ("", message * 2)
+        assert idpot.main(["--config="]) == 78      # an empty variable of a shell's, say
+        assert capsys.readouterr() == ("", 'idpot: "": No such file or directory\n')
 
     def test_an_argument_that_is_no_address(self, capsys):
         with pytest.raises(SystemExit, match="^2$"):
@@ -2579,6 +2584,14 @@ class TestLoad:
                 client.sendall(b"\r\n")
                 passes(0.03)
             client.sendall(GOOD)
+            assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+    def test_empty_lines_that_are_cut_within_one_are_skipped(self, http_pot):
+        with connections(http_pot, 1) as [client]:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for piece in (b"\r", b"\n\r\n\r\n\r", b"\n\r\n" + GOOD):
+                client.sendall(piece)
+                passes(0.05)
             assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
 
     def test_an_empty_line_that_comes_alone_does_not_end_the_connection(self, run):
