@@ -707,7 +707,7 @@ class Store:
         """Raises the counter to low unless it is higher; returns it."""
 
     def pots(self):
-        """Yields (pot, counter) of each pot, "-" for the counter of one whose table holds none."""
+        """Yields (pot, counter) of each pot, "-" for the counter of one that cannot be read."""
 
     def check(self, pot):
         """Raises Unavailable unless an ID could be issued now, from the pot, if that is not ""."""
@@ -846,8 +846,9 @@ class SqliteStore(Store):
 
 
 CANNOT = "the database cannot serve this now"
-# Errors that last: rights and names that somebody must mend. Others are tried again.
-LASTING = {1044, 1045, 1049, 1142, 1143, 1227, 1698, 1862, 2026, 2061, 3118}
+# Errors that last: rights and names that somebody must mend, which only a new connection sees.
+# Others are tried again.
+LASTING = {1044, 1045, 1049, 1142, 1143, 1227, 1698, 1862, 2026, 2061, 3118, 4151}
 ONE_POT = {     # errors of one pot, after which the connection stays sound
     1054: (Broken, "the table of pot {} has no column id"),
     1062: (Exists, "pot {} exists"),
@@ -1344,7 +1345,8 @@ class MysqlStore(MysqlConnection):
             if match:
                 try:
                     value = self.current(match[1])
-                except (NotFound, Broken):
+                except IdpotError:
+                    self.connect(believed=0)    # raises where it is the server's trouble
                     value = "-"
                 yield match[1], value
 
@@ -1485,7 +1487,7 @@ HEALTH = "health check"
 
 class Queues:
     """What waits for the workers: pots that have jobs, and workers that have none."""
-    PAUSES = (0.0, 0.2, 0.4, 1.0)       # seconds until a pot's next try, after its 1st failure ...
+    PAUSES = (0.0, 0.02, 0.1, 0.4, 1.0)     # seconds until a pot is tried again, by its failures
 
     def __init__(self):
         # Guards all, but what a worker writes of its pots in suspects. No call or answer under it.
@@ -1688,7 +1690,7 @@ class Allocator:
         return store.raise_to(pot, max(low, self._floors.get(pot, 0)))
 
     def list_pots(self, store, _):
-        """(pot, current ID) of each; "-" for a table that holds none. Stops where nobody waits."""
+        """(pot, current ID) of each; "-" for what cannot be read. Stops where nobody waits."""
         rows = []
         self._crowds[store].give_back()
         for pot, value in store.pots():
@@ -1743,7 +1745,8 @@ class Allocator:
             crowd.give_back()
             if connected:
                 self._queues.note_failure(batch)
-            else:       # that is what all pots wait for, for days perhaps
+            elif not any([one.connected for one in self.stores]):
+                # That is what all pots wait for, for days perhaps.
                 batch = self._queues.all_waiting()
             again = [job for jobs in batch.values() for job in jobs if not job.answered()]
             metrics.add("idpot_db_retries_total", len(again))
@@ -2622,8 +2625,9 @@ class Server(http.server.ThreadingHTTPServer):
         Timeout. Requests that are answered from now on are answered with a close."""
         self.stopping = monotonic()
         self.end = self.stopping + 0.75 * self.settings.timeout     # answers need a moment, too
-        while (monotonic() < self.stopping + HURRIED        # under load there is always one more
-               and select.select([self.socket], [], [], 0)[0]):
+        backlog = select.poll()
+        backlog.register(self.socket, select.POLLIN)
+        while monotonic() < self.stopping + HURRIED and backlog.poll(0):    # there may be no end
             self.handle_request()
         self.server_close()
         while self.connections and monotonic() < self.stopping + self.settings.timeout:
@@ -2899,17 +2903,29 @@ def start_or_stop(store):
     return start.result()
 
 
+def give_up(writer, died):
+    """Ends the process with a worker or the Writer, which lack of memory can end wherever it is:
+    idpot without one would never serve again, and whoever started it starts it again."""
+    try:
+        log.error("a thread ended, and idpot with it: %r", died.exc_value)
+        writer.drain()
+    finally:
+        os._exit(1)
+
+
 def serve(settings, writer):
     """Serves until a stop signal; raises StartError."""
-    stores = (MysqlStore if settings.mysql else SqliteStore).all(settings)
-    description = start_or_stop(stores[0])
-    allocator = Allocator(stores, 10 * settings.timeout + 10)   # it may wait at each address
-    listener = listen(*settings.listen, settings.listens)
-    server = Server(settings, listener, allocator, writer)
     try:
+        writer.start()
+        stores = (MysqlStore if settings.mysql else SqliteStore).all(settings)
+        description = start_or_stop(stores[0])
+        allocator = Allocator(stores, 10 * settings.timeout + 10)   # it may wait at each address
+        listener = listen(*settings.listen, settings.listens)
+        server = Server(settings, listener, allocator, writer)
         allocator.start()
-    except RuntimeError as error:       # as in run()
+    except (OSError, RuntimeError) as error:    # the system has no more files, or threads
         raise StartError(str(error))
+    threading.excepthook = functools.partial(give_up, writer)
     # Inherited by the connections' threads, not by the workers: one that wakes, because its client
     # has sent, does not push aside the thread that runs and has the GIL (sched(7)). New connections
     # (ab -c10) 8,091/s for 6,519; a crowd's threads sleep, and it makes no difference there.
@@ -2965,10 +2981,6 @@ def run(arguments):
     log.handlers = [writer]
     log.setLevel(logging.INFO)
     log.propagate = False
-    try:
-        writer.start()
-    except RuntimeError as error:       # the system has no more threads
-        raise StartError(str(error))
     try:
         serve(settings, writer)
     finally:

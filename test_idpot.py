@@ -408,13 +408,14 @@ class MemoryStore(idpot.Store):
         self.gate = threading.Event()
         self.gate.set()
         self.reachable = True
+        self.trouble = idpot.Retry("no connection")     # where it is not
         self.connected = False
         self.attempts = 0       # to connect
 
     def connect(self):
         self.attempts += 1
         if not self.reachable:
-            raise idpot.Retry("no connection")
+            raise self.trouble
         self.connected = True
 
     def begin(self, *call):
@@ -708,9 +709,11 @@ class TestAllocation:
         wait_until(job.answered)
         assert allocation.answer(count=1) > 0
 
-    def test_a_worker_that_cannot_connect_leaves_the_pot_to_another(self, start):
+    @pytest.mark.parametrize("trouble", [idpot.Retry("no way"), idpot.Refused("no right")])
+    def test_a_worker_that_cannot_connect_leaves_the_pot_to_another(self, trouble, start):
         good, bad = MemoryStore(p=0, q=0), MemoryStore(q=0)
         bad.reachable = False
+        bad.trouble = trouble
         good.connected = True
         allocation = start(bad, good)
         with allocation.held(good):
@@ -5820,6 +5823,32 @@ def test_a_create_that_the_account_may_not_make_names_no_time_to_come_again(run,
     assert status == 503
     assert "Retry-After" not in headers
     assert re.search(r"\(error (1142|1044)\)", text)
+
+
+def test_a_table_that_cannot_be_read_does_not_hide_the_others_from_the_list(run, mysql, database):
+    server = run(**mysql())
+    server.create("q", 5)
+    make_bad(database, "damaged")
+    assert server.answer("GET", "/pot") == (200, "p\t-\nq\t5\n")
+
+
+WITHOUT_MEMORY = """
+import os, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import idpot
+def serve_next(*_):
+    raise MemoryError
+idpot.Allocator._serve_next = serve_next
+sys.exit(idpot.main(sys.argv[2:]))
+"""
+
+
+def test_idpot_ends_with_a_worker_that_lack_of_memory_has_ended(run):
+    server = run(python=(sys.executable, "-c", WITHOUT_MEMORY))
+    with pytest.raises((OSError, HTTPException)):
+        server.request("POST", "/id/p")
+    assert server.process.wait(10) == 1
+    assert server.errors().endswith("a thread ended, and idpot with it: MemoryError()\n")
 
 
 @pytest.mark.parametrize("options, setting, target, number", [
