@@ -533,7 +533,9 @@ class StrftimeFileHandler(logging.Handler):
         """Points the link to the file, atomically: it never misses."""
         if not self.link:
             return
-        target = os.path.relpath(path, os.path.dirname(self.link) or ".")
+        folder, name = os.path.split(path)
+        path = os.path.join(os.path.realpath(folder), name)
+        target = os.path.relpath(path, os.path.realpath(os.path.dirname(self.link)))
         if os.path.islink(self.link):
             if os.readlink(self.link) == target:
                 return
@@ -586,9 +588,11 @@ class Writer(logging.Handler):
     PAUSE = 0.02            # seconds for more to gather
     PRIORITIES = {logging.INFO: "<6>", logging.WARNING: "<4>", logging.ERROR: "<3>"}
 
-    def __init__(self, file=None):
+    def __init__(self, file=None, tokens=()):
         super().__init__()
         self._file = file       # the handler of the access lines, if they do not go to stderr
+        # Kept out of access lines, wherever they stand; a shorter one may be a part of any path.
+        self._tokens = [escaped(token.encode()) for token in tokens if len(token) >= 6]
         self._journald = under_journald()
         if not self._journald:      # which has a time of its own
             self.setFormatter(logging.Formatter(
@@ -611,8 +615,11 @@ class Writer(logging.Handler):
             metrics.count(answers)
             lines = [f'{host} - - [{moment}] "{head.line}" {status} {size or "-"} {head.tail}'
                      for host, head, status, size, _ in answers]
-            if lines:
-                self._add(self._file, "<6>", "\n".join(lines))
+            text = "\n".join(lines)
+            for token in self._tokens:
+                text = text.replace(token, "...")
+            if text:
+                self._add(self._file, "<6>", text)
 
     def handle(self, record):
         with self.lock:     # which the stock method, in Python, may keep where memory ends
@@ -2975,9 +2982,11 @@ def run(arguments):
     try:
         file = settings.logfile and StrftimeFileHandler(settings.logfile, settings.loglinkname)
     except OSError as error:
-        place = shown(error.filename or settings.logfile)
-        raise StartError(f"LogFile {place}: {error.strerror}")
-    writer = Writer(file)
+        name, place = "LogFile", error.filename or settings.logfile
+        if error.filename2:     # of symlink(2)
+            name, place = "LogLinkName", error.filename2
+        raise StartError(f"{name} {shown(place)}: {error.strerror}")
+    writer = Writer(file, (settings.token, settings.admintoken))
     log.handlers = [writer]
     log.setLevel(logging.INFO)
     log.propagate = False

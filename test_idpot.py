@@ -1684,11 +1684,14 @@ class TestSettings:
         ({"LogFile": "fifo"}, 'LogFile "fifo": No such device or address'),
         ({"LogFile": "x", "LogLinkName": "f.cfg"},
          'LogFile "f.cfg": LogLinkName is there and is not a symlink'),
+        ({"LogFile": "x", "LogLinkName": "no/dir/link"}, 'LogLinkName "no/dir/link'),
         ({"File": "no/dir/db"}, 'SQLite file "no/dir/db": unable to open database file'),
         ({"File": "f.cfg"}, 'SQLite file "f.cfg": file is not a database')])
     def test_files_that_stop_the_start(self, settings, message):
         os.mkfifo("fifo")       # nobody reads it
-        assert self.stopped(**settings) == (1, f"idpot: {message}\n")
+        code, errors = self.stopped(**settings)
+        assert (code, errors.count("\n")) == (1, 1)
+        assert errors.startswith(f"idpot: {message}")
 
     @pytest.mark.parametrize("arguments", [[], ["--check"]])
     @pytest.mark.parametrize("user, name, engine, message", [
@@ -1920,6 +1923,15 @@ class TestAccessLog:
             "002%": "line 0\nline 1\n",
             "003%": "line 2\n",
             "005%": "line 3\n"}
+
+    def test_a_link_in_a_folder_that_is_a_link_itself_points_to_the_file(self, tmp_path):
+        (tmp_path / "deep/er").mkdir(parents=True)
+        (tmp_path / "short").symlink_to("deep/er")
+        for file, link in (("log", "short/newest"), ("short/log", "last"), ("short/l", "short/n")):
+            handler = idpot.StrftimeFileHandler(f"{tmp_path}/{file}", f"{tmp_path}/{link}")
+            handler.emit(logging.makeLogRecord({"msg": file}))
+            assert (tmp_path / link).read_text() == f"{file}\n"
+        assert os.readlink(tmp_path / "short/n") == "l"
 
     def test_a_file_that_was_moved_or_deleted_and_a_link_are_made_anew(self, tmp_path):
         umask = os.umask(0)
@@ -3430,6 +3442,15 @@ class TestTokens:
         assert server.stop() == 0
         assert [line for line, _, _ in access_lines(server)] == [logged for _, logged in MALFORMED]
         assert "sesame" not in server.errors()
+
+    def test_the_log_shows_no_token_that_stands_where_none_belongs(self, run):
+        server = run(Token=r'"a\"sesame"', AdminToken="shibboleth")
+        for sent in (b"POST /id/o?access_token=shibboleth HTTP/1.1\r\nHost: x\r\n\r\n",
+                     b'GET /id/o HTTP/1.1\r\nHost: x\r\nReferer: http://u:a"sesame@x/\r\n\r\n',
+                     b'X-Auth: a"sesame\r\n\r\n'):
+            http_exchange(server, sent)
+        assert_no_token_is_told(server)
+        assert server.errors().count("...") == 3
 
     @pytest.mark.parametrize("listen, settings, count", [
         ("0.0.0.0:0", {}, 1), ("0.0.0.0:0", {"Token": "sesame"}, 0),
