@@ -323,7 +323,7 @@ def dsn_of_names(values):
 def check_token_text(token):
     if not token:
         raise SettingsError("it is written, but empty")
-    if token != token.strip():      # no request can carry it
+    if re.search(r"^\s|\s\Z", token, re.ASCII):      # no request can carry it
         raise SettingsError("it begins or ends with a space")
 
 
@@ -593,6 +593,7 @@ class Writer(logging.Handler):
         self._file = file       # the handler of the access lines, if they do not go to stderr
         # Kept out of access lines, wherever they stand; a shorter one may be a part of any path.
         self._tokens = [escaped(token.encode()) for token in tokens if len(token) >= 6]
+        self._tokens.sort(key=len, reverse=True)        # one may begin with the other
         self._journald = under_journald()
         if not self._journald:      # which has a time of its own
             self.setFormatter(logging.Formatter(
@@ -1350,12 +1351,18 @@ class MysqlStore(MysqlConnection):
         for table, in sorted(tables):
             match = re.fullmatch(f"pot_({POT_NAME.pattern})", table)
             if match:
-                try:
-                    value = self.current(match[1])
-                except IdpotError:
-                    self.connect(believed=0)    # raises where it is the server's trouble
-                    value = "-"
-                yield match[1], value
+                yield match[1], self._counter(match[1])
+
+    def _counter(self, pot):
+        """As current(), but "-" where the pot cannot be read."""
+        for _ in range(2):      # a connection may have been lost
+            try:
+                return self.current(pot)
+            except (NotFound, Broken):
+                break
+            except Unavailable:
+                self.connect(believed=0)    # raises where it is the server's trouble
+        return "-"
 
     def check(self, pot):
         try:
@@ -1752,14 +1759,14 @@ class Allocator:
             crowd.give_back()
             if connected:
                 self._queues.note_failure(batch)
-            elif not any([one.connected for one in self.stores]):
-                # That is what all pots wait for, for days perhaps.
+            else:       # that is what all pots wait for, for days perhaps
                 batch = self._queues.all_waiting()
             again = [job for jobs in batch.values() for job in jobs if not job.answered()]
             metrics.add("idpot_db_retries_total", len(again))
             for job in again:
                 job.trouble = type(error)(f"{error}, tried for")
-                if isinstance(error, Refused):      # it lasts
+                # It lasts; but a worker that has a connection may serve them yet.
+                if isinstance(error, Refused) and not any([one.connected for one in self.stores]):
                     job.finish(error=error)
         except Exception:
             log.exception("a worker")
@@ -2914,8 +2921,8 @@ def give_up(writer, died):
     """Ends the process with a worker or the Writer, which lack of memory can end wherever it is:
     idpot without one would never serve again, and whoever started it starts it again."""
     try:
-        log.error("a thread ended, and idpot with it: %r", died.exc_value)
         writer.drain()
+        threading.__excepthook__(died)      # its traceback, on stderr
     finally:
         os._exit(1)
 

@@ -709,11 +709,26 @@ class TestAllocation:
         wait_until(job.answered)
         assert allocation.answer(count=1) > 0
 
-    @pytest.mark.parametrize("trouble", [idpot.Retry("no way"), idpot.Refused("no right")])
-    def test_a_worker_that_cannot_connect_leaves_the_pot_to_another(self, trouble, start):
+    def test_a_worker_that_is_refused_answers_for_nobody_while_another_has_a_connection(
+            self, start):
+        good, bad = MemoryStore(p=0, q=0), MemoryStore()
+        bad.reachable = False
+        good.trouble = bad.trouble = idpot.Refused("no right")
+        good.connected = True
+        allocation = start(bad, good)
+        with allocation.held(good):
+            allocation.ask("other pot", pot="q", count=1)
+            wait_until(lambda: bad.attempts > 2)
+            assert allocation.answers == []
+        allocation.wait_for(1)
+        good.connected = good.reachable = False
+        allocation.ask("refused", pot="q", count=1)
+        allocation.wait_for(2)
+        assert allocation.answers == [("other pot", 1), ("refused", idpot.Refused, "no right")]
+
+    def test_a_worker_that_cannot_connect_leaves_the_pot_to_another(self, start):
         good, bad = MemoryStore(p=0, q=0), MemoryStore(q=0)
         bad.reachable = False
-        bad.trouble = trouble
         good.connected = True
         allocation = start(bad, good)
         with allocation.held(good):
@@ -3444,8 +3459,8 @@ class TestTokens:
         assert "sesame" not in server.errors()
 
     def test_the_log_shows_no_token_that_stands_where_none_belongs(self, run):
-        server = run(Token=r'"a\"sesame"', AdminToken="shibboleth")
-        for sent in (b"POST /id/o?access_token=shibboleth HTTP/1.1\r\nHost: x\r\n\r\n",
+        server = run(Token=r'"a\"sesame"', AdminToken=r'"a\"sesame+shibboleth"')
+        for sent in (b'POST /id/o?access_token=a"sesame+shibboleth HTTP/1.1\r\nHost: x\r\n\r\n',
                      b'GET /id/o HTTP/1.1\r\nHost: x\r\nReferer: http://u:a"sesame@x/\r\n\r\n',
                      b'X-Auth: a"sesame\r\n\r\n'):
             http_exchange(server, sent)
@@ -5853,6 +5868,20 @@ def test_a_table_that_cannot_be_read_does_not_hide_the_others_from_the_list(run,
     assert server.answer("GET", "/pot") == (200, "p\t-\nq\t5\n")
 
 
+def test_a_connection_that_is_lost_within_a_list_hides_no_counter(first, tmp_path):
+    (tmp_path / "idpot.cfg").write_text(config_text(**on_servers(first.port)))
+    [store, *_] = idpot.MysqlStore.all(idpot.load_settings(f"{tmp_path}/idpot.cfg"))
+    store.connect()
+    for pot in "pqr":
+        store.create(pot, 5)
+    pots = store.pots()
+    assert next(pots) == ("p", 5)
+    with contextlib.closing(first.connect()) as root:
+        kill_connections(root, "root")
+    assert list(pots) == [("q", 5), ("r", 5)]
+    store.close()
+
+
 WITHOUT_MEMORY = """
 import os, sys
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
@@ -5869,7 +5898,7 @@ def test_idpot_ends_with_a_worker_that_lack_of_memory_has_ended(run):
     with pytest.raises((OSError, HTTPException)):
         server.request("POST", "/id/p")
     assert server.process.wait(10) == 1
-    assert server.errors().endswith("a thread ended, and idpot with it: MemoryError()\n")
+    assert server.errors().endswith("\nMemoryError\n")
 
 
 @pytest.mark.parametrize("options, setting, target, number", [
