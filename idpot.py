@@ -934,7 +934,8 @@ class MysqlServers:
         self.driver, self.errors = import_driver()
         self.engine = settings.engine
         self.engines = {}       # pot -> its engine in lower case, once it was looked at
-        self.chosen = None      # the address connected to last: no connection elsewhere is used
+        # The address connected to last, None after it was silent: no connection elsewhere is used.
+        self.chosen = None
         self.cluster = ""       # what the servers are members of, once one of them told
         self.most = Store.most
         self.writable = ""      # WRITABLE, where statements may ask that
@@ -1243,24 +1244,24 @@ class MysqlStore(MysqlConnection):
         """Sets counters to SQL values, {pot: value}; returns for each pot the argument of
         LAST_INSERT_ID in its value, from its own statement's reply, or 0 where that was not called.
 
-        Of several pots those whose tables have transactions come last, and share one transaction;
-        always in this order: two idpots cannot lock each other out.
+        Of several pots those whose tables have transactions come last, and share one; always in
+        this order: two idpots cannot lock each other out.
         """
-        pots = list(values)
-        plain = len(pots)
-        if plain > 1:
-            pots.sort(key=lambda pot: (self._servers.is_transactional(pot), pot))
-            plain = sum(not self._servers.is_transactional(pot) for pot in pots)
+        pots, shared = sorted(values), []
+        if len(pots) > 1:
+            shared = [pot for pot in pots if self._servers.is_transactional(pot)]
+            pots = sorted(set(pots).difference(shared)) + shared
+        begin = len(pots) - len(shared)
         statements = [f"UPDATE `pot_{pot}` SET id = {values[pot]}" for pot in pots]
-        if plain < len(pots):
-            statements.insert(plain, "START TRANSACTION")
+        if shared:
+            statements.insert(begin, "START TRANSACTION")
             statements.append("COMMIT")
         self.connect()
         told = self._guarded(pots, execute_all, self._connection, statements)
         troubles.end(self._servers.subject)     # a server that takes no writes can be read
         self._confirm(len(told) == len(statements), len(pots) > 1)
-        if plain < len(pots):
-            del told[plain], told[-1]
+        if shared:
+            del told[begin], told[-1]
         for pot, done in zip(pots, told):
             if done["affected_rows"] != 1:      # with FOUND_ROWS: the rows there are
                 raise Broken(
@@ -1505,7 +1506,7 @@ class Queues:
 
     def __init__(self):
         # Guards all, but what a worker writes of its pots in suspects. No call or answer under it.
-        # A pot that has jobs is waiting, or paused, or with one worker.
+        # A pot that has jobs is waiting, or paused, or with one worker, which calls release().
         self._lock = threading.Lock()
         self.jobs = {}          # pot -> jobs, oldest first, of which the answered are still to go
         self.waiting = collections.deque()      # pots that any worker may take, oldest first
