@@ -1503,6 +1503,7 @@ HEALTH = "health check"
 class Queues:
     """What waits for the workers: pots that have jobs, and workers that have none."""
     PAUSES = (0.0, 0.02, 0.1, 0.4, 1.0)     # seconds until a pot is tried again, by its failures
+    ALONE = 10.0        # seconds for which a pot is served by itself after a slow call
 
     def __init__(self):
         # Guards all, but what a worker writes of its pots in suspects. No call or answer under it.
@@ -1632,10 +1633,14 @@ class Queues:
             self.suspects[pot] = (failures, moment)
 
     def note_success(self, batch, slow):
-        if slow:
-            self.suspects.update(dict.fromkeys(batch, (0, 0.0)))
+        now = monotonic()
+        if slow:        # by one of them, which may be so again
+            self.suspects.update(dict.fromkeys(batch, (0, now)))
         elif len(batch) == 1:
-            self.suspects.pop(*batch, None)
+            [pot] = batch
+            failures, moment = self.suspects.get(pot, (0, 0.0))
+            if failures or moment < now - self.ALONE:
+                self.suspects.pop(pot, None)
 
 
 INTERNAL = IdpotError("internal error")

@@ -408,14 +408,15 @@ class MemoryStore(idpot.Store):
         self.gate = threading.Event()
         self.gate.set()
         self.reachable = True
-        self.trouble = idpot.Retry("no connection")     # where it is not
+        self.trouble = idpot.Retry, "no connection"     # where it is not
         self.connected = False
         self.attempts = 0       # to connect
 
     def connect(self):
         self.attempts += 1
         if not self.reachable:
-            raise self.trouble
+            kind, text = self.trouble
+            raise kind(text)
         self.connected = True
 
     def begin(self, *call):
@@ -713,7 +714,7 @@ class TestAllocation:
             self, start):
         good, bad = MemoryStore(p=0, q=0), MemoryStore()
         bad.reachable = False
-        good.trouble = bad.trouble = idpot.Refused("no right")
+        good.trouble = bad.trouble = idpot.Refused, "no right"
         good.connected = True
         allocation = start(bad, good)
         with allocation.held(good):
@@ -848,6 +849,29 @@ class TestAllocation:
             allocation.ask("r", "r", count=1)
         allocation.wait_for(2)
         assert store.calls == [("take", ("q", 1, 1), ("r", 1, 1))]
+
+    def test_after_a_slow_call_each_of_its_pots_is_taken_by_itself_for_a_while(
+            self, start, monkeypatch):
+        store = MemoryStore(p=0, q=0, r=0)
+        allocation = start(store)
+        allocation.know(store, "pqr")
+        store.faults = [functools.partial(passes, 0.3)]     # a lock on one of them, say
+
+        def calls_for_both():
+            store.calls.clear()
+            allocation.answers.clear()
+            with allocation.held(store):
+                allocation.ask("q", "q", count=1)
+                allocation.ask("r", "r", count=1)
+            allocation.wait_for(2)
+            return store.calls
+
+        assert calls_for_both() == ["fault", ("take", ("q", 1, 0), ("r", 1, 0))]
+        for taken in (1, 2):
+            assert calls_for_both() == [("take", "q", 1, taken), ("take", "r", 1, taken)]
+        monkeypatch.setattr(idpot.Queues, "ALONE", 0)
+        calls_for_both()
+        assert calls_for_both() == [("take", ("q", 1, 4), ("r", 1, 4))]
 
     def test_a_value_that_is_too_low_fails_its_call_and_costs_its_pot_alone(self, start):
         store = MemoryStore(p=0, q=0, r=0)
