@@ -710,36 +710,37 @@ class TestAllocation:
         wait_until(job.answered)
         assert allocation.answer(count=1) > 0
 
-    def test_a_worker_that_is_refused_answers_for_nobody_while_another_has_a_connection(
-            self, start):
-        good, bad = MemoryStore(p=0, q=0), MemoryStore()
-        bad.reachable = False
-        good.trouble = bad.trouble = idpot.Refused, "no right"
-        good.connected = True
-        allocation = start(bad, good)
-        with allocation.held(good):
-            allocation.ask("other pot", pot="q", count=1)
-            wait_until(lambda: bad.attempts > 2)
-            assert allocation.answers == []
-        allocation.wait_for(1)
-        good.connected = good.reachable = False
+    @pytest.fixture
+    def left_alone(self, start):
+        """An allocation that has answered pot q once, by the worker of `good`, when that was free
+        again: the other could not connect, and now `good` cannot either."""
+
+        def left_alone(*trouble):
+            good, bad = MemoryStore(p=0, q=0), MemoryStore(q=0)
+            bad.reachable = False
+            good.trouble = bad.trouble = trouble
+            good.connected = True
+            allocation = start(bad, good)
+            with allocation.held(good):
+                allocation.ask("other pot", pot="q", count=1)
+                wait_until(lambda: bad.attempts > 2)
+                assert allocation.answers == []
+            allocation.wait_for(1)
+            assert allocation.answers == [("other pot", 1)]
+            assert bad.calls == []
+            good.connected = good.reachable = False
+            return allocation, good
+
+        return left_alone
+
+    def test_a_worker_that_is_refused_answers_for_nobody_who_has_a_connection(self, left_alone):
+        allocation, _ = left_alone(idpot.Refused, "no right")
         allocation.ask("refused", pot="q", count=1)
         allocation.wait_for(2)
-        assert allocation.answers == [("other pot", 1), ("refused", idpot.Refused, "no right")]
+        assert allocation.answers[1] == ("refused", idpot.Refused, "no right")
 
-    def test_a_worker_that_cannot_connect_leaves_the_pot_to_another(self, start):
-        good, bad = MemoryStore(p=0, q=0), MemoryStore(q=0)
-        bad.reachable = False
-        good.connected = True
-        allocation = start(bad, good)
-        with allocation.held(good):
-            allocation.ask("other pot", pot="q", count=1)
-            wait_until(lambda: bad.attempts > 2)
-            assert allocation.answers == []
-        allocation.wait_for(1)
-        assert allocation.answers == [("other pot", 1)]
-        assert bad.calls == []
-        good.connected = good.reachable = False
+    def test_a_worker_that_cannot_connect_leaves_the_pot_to_another(self, left_alone):
+        allocation, good = left_alone(idpot.Retry, "no connection")
         allocation.ask("patient", pot="q", count=1)
         wait_until(lambda: good.attempts > 2)
         assert len(allocation.answers) == 1
