@@ -58,8 +58,8 @@ access = logging.getLogger("idpot.access")
 # ------------------------------------------------------------------------------------------ errors
 
 class IdpotError(Exception):
-    """An answer other than success: `status` and, as str(), its one line; or the end of a start,
-    with that line on stderr and `exit_code`."""
+    """An answer other than success, with `status`; str() is its one line. Where it ends the start,
+    stderr gets `detail`, which may tell more, and the process ends with `exit_code`."""
     status = 500
     header = ""     # a header line that belongs to the status
     exit_code = 1
@@ -194,7 +194,7 @@ def parse_dsn(text):
 
 
 def token(text):
-    # What no request can carry, or what somebody has quoted otherwise.
+    # Refuses what no header can carry, and single quotes, which are no quotes here.
     if not text or re.search(r"^[\s']|[\s']\Z", text):
         raise SettingsError("it is empty, or begins or ends with a space or a single quote: double "
                             "quotes are for tokens")
@@ -269,7 +269,8 @@ def load_settings(path=None):
     `listens`, whether the file says where. An empty value means the default, but for the tokens:
     without one the server is open. Raises SettingsError."""
     reader, places = read_settings(os.devnull if path is None else path)
-    path = (path or "").replace(os.environ.get("CREDENTIALS_DIRECTORY", "//"), "/etc")  # the unit's
+    folder = os.environ.get("CREDENTIALS_DIRECTORY") or "\0"    # systemd's copy of /etc/idpot.cfg
+    path = (path or "").replace(folder, "/etc")
     values = {}
     for rows in SETTINGS.values():
         values.update({name: default for name, (default, _) in rows.items()})
@@ -351,7 +352,7 @@ class Metrics:
             self._counters[series] += amount
 
     def add_answers(self, answers):
-        """Counts answers, as Server.answers has them."""
+        """Counts answers, each (host, head, status, bytes sent, seconds)."""
         found = collections.Counter([
             f'idpot_http_requests_total{{{head.labels},code="{status}"}}'
             for _, head, status, _, _ in answers])
@@ -487,8 +488,8 @@ class StderrFormatter(logging.Formatter):
 
 
 class LogQueueHandler(logging.handlers.QueueHandler):
-    """Hands records to the log's thread; where too many characters wait, as if all were as long as
-    this one, it is lost, and counted."""
+    """Hands records to the log's thread. A record is lost, and counted, where too much waits: 16
+    MB, if each record were as long as this one, or 16 KB."""
 
     def enqueue(self, record):
         if self.queue.qsize() * max(len(record.msg), 16384) < 16 << 20:
@@ -527,25 +528,27 @@ def escaped(data):
 # ------------------------------------------------------------------------------------------ stores
 
 class Store:
-    """The contract: pots in a database, which one thread uses.
+    """The contract: pots in a database. A store is used by one thread.
 
-    all(settings)   a store for each worker; start() prepares the first use, on one of them, and
-                    returns what is served; probe() is --check's, and writes nothing
+    all(settings)   a store for each worker
+    start()         is called on one of them, before the first use; returns what is served
+    probe()         tries the database for --check, and writes nothing
     connect()       sees to a connection to a server that can issue IDs, as far as it is known
-    take(wants)     of each (pot, count, floor) the last of `count` new IDs, all of them above
-                    floor, the highest number given or told; any trouble of one is that of all,
-                    though counters may have moved: each is to be taken by itself then
+    take(wants)     for each (pot, count, floor) the last of `count` new IDs. All are above floor,
+                    the highest number that any answer has shown. One trouble fails all, though
+                    counters may have moved; the caller then takes each by itself
     current(pot)    the counter; it raises Broken where the table could repeat IDs
     create(pot, low), raise_to(pot, low)    what the counter is then; raise_to never lowers it
     pots()          (pot, counter) of each, "-" for the counter of one that cannot be read
     check(pot)      raises Unavailable unless an ID could be issued now, from the pot, if not ""
+    close()         ends the connection
 
-    They raise NotFound, Exists, Exhausted; Retry, where the same call may help later; Broken, where
-    somebody must mend that pot, or Unavailable or Refused, the whole database, before it helps.
+    They raise NotFound, Exists, Exhausted. Retry: the worker tries again. Unavailable: the client
+    may. Broken: somebody must mend the pot. Refused: somebody must mend the database.
     """
     subject = ""            # the database, as the log names it
     connected = True        # whether it has a connection
-    hasty = False           # whether take() need not wait for a pot that is locked
+    hasty = False           # whether a locked pot is an error at once, if the database can do that
 
 
 class SqliteStore(Store):
@@ -599,7 +602,7 @@ class SqliteStore(Store):
         return f"{self.subject} can be written"
 
     def connect(self):
-        """It is, from the start to the end."""
+        """Nothing to do: the file is open from start() on."""
 
     def _check_file(self):
         """Raises Refused where the path no longer names the file that is open and locked."""
@@ -627,7 +630,7 @@ class SqliteStore(Store):
             raise Unavailable(f"{self.subject}: {error}")
         finally:
             metrics.add("idpot_db_seconds_total", monotonic() - start)
-        self._check_file()      # behind the commit: a process on a new file counts on
+        self._check_file()      # if it was replaced before, another idpot may count in the new one
         self._counters.update(counters)
 
     def take(self, wants):
@@ -700,9 +703,9 @@ GROUP = ("SELECT MAX(IF(member_id = @@server_uuid, "
 SESSION = ("SET SESSION autocommit=1, completion_type=0, lock_wait_timeout=1, "
            f"innodb_lock_wait_timeout=1, sql_safe_updates=0, sql_select_limit={MAX_ID}, "
            "sql_mode='STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'")
-PATIENCE = 3            # seconds to connect: there may be other addresses to try
+CONNECTING = 3          # seconds to connect: there may be other addresses to try
 REPLY = 3               # seconds for a reply: more than two locks in a row, see SESSION
-# Which MySQL reads as a comment: there the second passes.
+# Does not wait for locks, in MariaDB; MySQL reads a comment.
 HASTY = "/*M!100300 SET STATEMENT lock_wait_timeout=0, innodb_lock_wait_timeout=0 FOR */ "
 BELIEVED = 1.0          # seconds for which a server is taken to be as it was seen
 UNUSED = 60.0           # seconds after which a connection is made anew: a firewall may forget it
@@ -731,8 +734,8 @@ class MysqlConnection(Store):
     that is not one pot's.
 
     All connections use the same address: whose turn it is, until it cannot issue IDs or does not
-    answer in time; then the next one has its turn. There is no way back by itself: a first server
-    that comes back may count for itself.
+    answer in time; then the next one has its turn. A server that comes back is not used before all
+    behind it have failed: it may count for itself.
     """
 
     @classmethod
@@ -765,7 +768,7 @@ class MysqlConnection(Store):
             "user": dsn["user"],
             "password": dsn["password"],
             "database": dsn["database"],
-            "connection_timeout": PATIENCE,
+            "connection_timeout": CONNECTING,
             "read_timeout": REPLY,
             "write_timeout": REPLY,
             "collation": "utf8mb4_general_ci",      # older MariaDB lacks the driver's own
@@ -826,7 +829,7 @@ class MysqlConnection(Store):
     def _give_up(self):
         """The next address has its turn, unless another connection has seen to that."""
         if self._shared.turn == self._turn:
-            self._shared.turn += 1
+            self._shared.turn = self._turn + 1      # what any worker of this turn would set
 
     def _call(self, pots, function, *arguments):
         """What function(*arguments) returns, which talks to the server about these pots.
@@ -847,9 +850,9 @@ class MysqlConnection(Store):
                 kind, text = ONE_POT[number]
                 raise kind(text.format(shown(pots[0]))) from error
             self.close()
-            # Of the driver, or its read_timeout; the server's own errors are answers in time.
-            own = 2000 <= number < 3000 or number == 3024
-            if own and monotonic() > start + 0.9 * PATIENCE:
+            # Numbers of the driver; 3024 is its read_timeout. Others are the server's answers.
+            silent = 2000 <= number < 3000 or number == 3024
+            if silent and monotonic() > start + 0.9 * CONNECTING:
                 self._give_up()
             detail = re.sub(r"[\0-\x20\x7f-\x9f]+", " ", str(error) or repr(error))
             # What the two forms of the driver say to caching_sha2_password without TLS.
@@ -903,8 +906,11 @@ class MysqlConnection(Store):
             # Its own word for it comes 5 to 6 seconds late; until then a statement would hang.
             if 2 * unreachable >= members:
                 raise Retry(f"{CANNOT}: the replication group has lost its majority")
-        elif cluster and execute(connection, GALERA) != [("wsrep_ready", "ON")]:
-            raise Retry(f"{CANNOT}: the Galera node is not ready (error 1047)")
+        elif "wsrep_on" in state:
+            ready = execute(connection, GALERA) == [("wsrep_ready", "ON")]
+            if ready != bool(cluster):      # a node that is, and a session that does not replicate
+                raise Retry(f"{CANNOT}: the Galera node is not ready (error 1047), or its wsrep_on "
+                            "is OFF")
         if any(value not in ("OFF", "0") for name, value in state.items()
                if name.endswith("read_only")):
             raise Retry(f"{CANNOT}: it is read-only (error 1290)")
@@ -923,9 +929,9 @@ class MysqlConnection(Store):
 class MysqlStore(MysqlConnection):
     """Pots in MySQL or MariaDB: each is a table of go-idpot's form, with one row.
 
-    It is `pot_NAME (id BIGINT UNSIGNED NOT NULL)`. InnoDB's has a key beside it that never changes:
-    each UPDATE of a key leaves a dead record, which the later ones read while anybody holds a read
-    view; and two nodes of a cluster cannot both make the row.
+    It is `pot_NAME (id BIGINT UNSIGNED NOT NULL)`. InnoDB's has a key `one`, which never changes:
+    updating a key leaves dead records, which slow later updates while anybody holds a read view.
+    And two nodes of a cluster cannot both make the row.
     """
 
     def _run(self, pots, statement):
@@ -951,7 +957,7 @@ class MysqlStore(MysqlConnection):
         told = self._call(pots, execute_all, self._connection, statements)
         if monotonic() > self._seen + BELIEVED:     # it may have waited while the server changed
             self._call((), self._examine, self._connection)
-        # In a transaction: a trigger or a proxy, say, has begun one.
+        # An open transaction is not committed: a trigger or a proxy may have begun one.
         if (len(told) != len(statements) or self._connection.in_transaction
                 or self._turn != self._shared.turn):
             self.close()
@@ -1048,18 +1054,18 @@ class MysqlStore(MysqlConnection):
 
 
 # -------------------------------------------------------------------------------------- allocation
-# Requests that wait together are served by ONE call of a store. A request becomes a Job of its pot;
-# a worker, a thread that owns one store for life, takes the pots that have waited longest, adds up
-# the counts of each one's jobs, has the store take them all, and answers the jobs in order of
-# arrival. A job stays with its pot until it is answered: so what is tried again keeps its order.
+# Requests that wait together are served by ONE call of a store. A request becomes a Job of its pot.
+# A worker is a thread that owns one store for life. For the pots that have waited longest it has
+# the store take the sum of each one's counts, and answers the jobs in order of arrival; what asks
+# for no IDs goes before. A job stays with its pot until it is answered, and so keeps its order.
 #
 # One worker LEADS. It alone reads what clients have sent, which brings the jobs, and chooses what
 # is served next; then it calls, answers, and reads on: a request meets one thread, and no other is
 # woken for it. For what may take long (a pot in trouble, one that was not looked at yet, the list
 # of pots) the leader leaves the lead first, and one of the idle workers, who wait for it, reads on.
 # Who has the lead looks at all that waits before it reads; only a worker without the lead has to
-# wake the leader, where it gives pots back. The main thread takes the lead from a leader that is in
-# one call for too long, and where no worker is free to lead it reads itself.
+# wake the leader, where it gives pots back. The main thread frees the lead of a leader whose call
+# lasts too long, for another worker; where none is free to lead, it reads itself.
 
 class Question(NamedTuple):
     """What a request asks for: `count` IDs of the pot, or with count 0 what call(allocator, store,
@@ -1096,7 +1102,9 @@ class Job:
 
     def expire(self):
         kind = type(self.trouble)       # says whether it may help to ask again
-        self.answer(error=kind(f"{self.trouble} {self.patience:g} seconds"))
+        early = max(0.0, self.deadline - monotonic())   # at a stop, or to make room
+        waited = round(self.patience - early, 1)
+        self.answer(error=kind(f"{self.trouble} {waited:g} seconds"))
 
 
 ALL_POTS = "all pots"       # what concerns no pot: no pot can have these names
@@ -1115,8 +1123,8 @@ class Pot:
 
     @property
     def alone(self):
-        """Whether it is served by itself, without the lead. The health check is never in trouble:
-        it would wait behind those that are."""
+        """Whether it is served by itself, without the lead. Not the health check, whatever its
+        failures: it would wait behind pots in trouble."""
         return self.name != HEALTH and (self.failures > 0 or self.floor is None)
 
 
@@ -1148,9 +1156,9 @@ class Pots:
         (self.alone if pot.alone else self.ready).append(pot)
 
     def choose(self, room):
-        """{pot: its jobs} of what is served next, to be given back; `room`, whether a pot may be
-        that is served by itself. The one that has waited longest decides: others share its call
-        where all are asked for nothing but IDs."""
+        """{pot: its jobs} to serve next, to be given back. A due pot of `alone` goes first, if
+        there is room for it; else the oldest of `ready`, joined by others where all jobs ask for
+        IDs."""
         batch = {}
         now = monotonic()
         with self._lock:
@@ -1185,7 +1193,7 @@ class Pots:
                 if self._unanswered(pot):
                     self._queue(pot)
 
-    def patience(self, room):
+    def next_moment(self, room):
         """Seconds until something is to be served, as far as it is known; 0.2 at most."""
         if self.ready:
             return 0.0
@@ -1201,12 +1209,13 @@ class Pots:
 class Allocator:
     """The workers that serve the pots."""
     SLOW = 0.2          # seconds of a call, after which its pots are served by themselves
-    HELD = 0.1          # seconds of a call, after which the leader loses the lead
+    HELD = 0.1          # seconds of a call, after which the next look frees the lead
 
     def __init__(self, stores, stuck=60.0):
         self.stores = stores
         self._stuck = stuck     # seconds after which a worker that is busy with one thing hangs
-        self._most_away = max(1, len(stores) - 2)       # workers that serve without the lead
+        # Workers without the lead at once: one leads, one is free to take the lead from it.
+        self._most_away = max(1, len(stores) - 2)
         self._pots = Pots()
         self.add = self._pots.add       # by who has the lead
         self._lead = threading.Lock()   # who has it reads and chooses; it is kept during calls
@@ -1220,7 +1229,7 @@ class Allocator:
                          for store in stores]
 
     def start(self, read, wake):
-        """read(patience) adds the jobs of requests that have come, and returns whether there were
+        """read(timeout) adds the jobs of requests that have come, and returns whether there were
         any; wake() has it return."""
         self._read = read
         self._wake = wake
@@ -1236,7 +1245,7 @@ class Allocator:
                 self._lead.release()
 
     def look(self, now):
-        """Now and then, by the main thread: takes the lead from who is in a call for too long;
+        """Now and then, by the main thread: frees the lead of who is in a call for too long;
         returns whether no worker has been busy with one thing for very long."""
         leader = self._leader
         if self._busy.get(leader, now) < now - self.HELD:
@@ -1250,7 +1259,7 @@ class Allocator:
         for thread in self._threads:
             thread.join(1 / len(self._threads))
 
-    # What questions have called, by a worker with its store. GETs never show less than was given.
+    # What questions have called, by a worker with its store.
 
     def floor(self, pot):
         """The highest number that was given or told of the pot, or 0."""
@@ -1258,7 +1267,6 @@ class Allocator:
         return known and known.floor or 0
 
     def list_pots(self, store, _):
-        """(pot, current ID) of each; "-" for what cannot be read."""
         rows = []
         for pot, value in store.pots():
             rows.append((pot, value if value == "-" else max(value, self.floor(pot))))
@@ -1268,8 +1276,6 @@ class Allocator:
     def check(self, store, _):
         """Tries the pot that an ID was taken from last; if none was, the one asked for last."""
         store.check(self._taken or self._asked)
-
-    # The workers.
 
     def _work(self, store):
         failures = 0            # to connect, in a row
@@ -1281,14 +1287,15 @@ class Allocator:
                 batch = {}
                 pause = max(0.0, moment - monotonic())
                 if not store.connected and self._another_is_free():
-                    self._leave(store)      # to one that has a connection; this one makes its own
+                    # That one leads. This one serves nothing, which connects.
+                    self._leave(store)
                     time.sleep(pause)
                 else:
                     room = len(self._busy) < self._most_away
-                    patience = min(pause, 0.2) or self._pots.patience(room)
+                    timeout = min(pause, 0.2) or self._pots.next_moment(room)
                     # Until nothing more comes: fuller groups give 1.1 times the rate (wrk -c64).
-                    while self._read(patience):
-                        patience = 0.0
+                    while self._read(timeout):
+                        timeout = 0.0
                     batch = self._pots.choose(room) if monotonic() >= moment else {}
                     if not batch:
                         continue
@@ -1341,6 +1348,7 @@ class Allocator:
     def _serve_pots(self, store, batch):
         """Serves pots, several where all their jobs ask for IDs; notes which are in trouble."""
         start = monotonic()
+        store.hasty = False
         pot, jobs = next(iter(batch.items()))       # mostly the only ones
         try:
             calls = [job for job in jobs if not job.count]
@@ -1349,7 +1357,7 @@ class Allocator:
                 jobs = batch[pot] = [job for job in jobs if job.count]
             if jobs:
                 self._asked = pot.name
-                # Who was in a call that failed may be sound, and waits behind those that are not.
+                # So a sound pot of a call that failed is soon served.
                 store.hasty = pot.failures == 1
                 if pot.floor is None:
                     pot.floor = store.current(pot.name)     # raises Broken if it could repeat IDs
@@ -1365,22 +1373,22 @@ class Allocator:
                 one.failures = int(slow)
 
     def _fail(self, store, pot, jobs, error):
-        """After a call for one pot: has its jobs tried again, each taken for, or refused."""
+        """After a failed call for one pot: has its jobs tried later, or one by one, or refused."""
         if isinstance(error, Retry):
             pot.moment = monotonic() + min(1.0, 0.01 * 2 ** min(pot.failures, 10))
             self._postpone(error, jobs)
             subject = f"pot {pot.name}" if store.connected else store.subject
             troubles.begin(subject, f"{subject}: {error.detail}")
         elif isinstance(error, Exhausted) and len(jobs) > 1:
-            few = MAX_RANGE + 1     # IDs that are too many, and so is any number above
+            too_many = MAX_RANGE + 1    # a job of this count, or a greater one, is not tried
             for job in jobs:        # that do not all fit
                 try:
-                    if job.count < few:
+                    if job.count < too_many:
                         self._take(store, {pot: [job]})
                         continue
                 except IdpotError as own:
                     error = own
-                    few = job.count
+                    too_many = job.count
                 self._fail(store, pot, [job], error)
         else:
             self._refuse(store, pot, jobs, error)
@@ -1391,7 +1399,9 @@ class Allocator:
             group = [job for job in jobs if job.question.call == call]
             try:
                 value = call(self, store, pot.name)
-                if type(value) is int:      # it is told
+                if pot.name == HEALTH:
+                    troubles.end(store.subject)
+                if type(value) is int:      # the client sees it: later IDs must be above
                     pot.floor = max(value, pot.floor or 0)
                 for job in group:
                     job.answer(value)
@@ -1599,9 +1609,9 @@ def parse_head(data):
 
 # Up to SHORT: a client repeats itself to the byte, and cannot fill memory with long ones.
 short_head = functools.lru_cache(maxsize=2048)(parse_head)
-# What the answer to a request whose head cannot be read needs of one.
+# Stands in for the head where it cannot be read: what answer() and the access log use of it.
 MALFORMED = types.SimpleNamespace(
-    method="other", old=False, keep=False, labels='route="other",method="other"', line="-",
+    method="other", old=False, labels='route="other",method="other"', line="-",
     tail='"-" "-"')
 
 
@@ -1774,8 +1784,8 @@ def ask(head, body, settings):
     return action(head, form_fields(head, body) if body or head.query else {})
 
 
-def ask_again(head, body, settings):
-    """As ask(); clients that take IDs repeat themselves, and have the same head then."""
+def ask_cached(head, body, settings):
+    """As ask(); a client that takes IDs repeats its head and body to the byte."""
     question = head.takes.get(body)
     if not question:
         question = ask(head, body, settings)
@@ -1790,8 +1800,9 @@ def ask_again(head, body, settings):
 # is socketserver's, whose loop calls get_request(), process_request() and service_actions().
 #
 # All connections are in one epoll, armed with EPOLLONESHOT: whom it tells of a connection has it,
-# alone, until it is armed again. That is all the locking there is. Nobody reads the epoll but who
-# has the lead: the leading worker, or the main thread where there is none.
+# alone, until it is armed again. That is all the locking there is. Who reads the epoll has the
+# lead: the leading worker, or the main thread where there is none. (A lead that is freed a moment
+# too late may leave two readers: each connection still goes to one of them.)
 #
 # The life of a request: the leader receives what came, into the connection's buffer, and as soon as
 # that holds a whole request asks the allocator: the connection is with a Job then. Who answers the
@@ -1808,9 +1819,9 @@ def ask_again(head, body, settings):
 #   CLOSING   the last answer was sent; what the client still sends is read for a moment: to close
 #             with unread input could destroy the answer on its way (RFC 9112, 9.6)
 #
-# What takes too long the main thread ends: a job by its 503, all else by shutdown(2), of which the
-# epoll tells: for reading where the client is to send (what has arrived is still read), altogether
-# where it is to read an answer. Only who has a connection closes it.
+# The main thread ends what takes too long. A job gets its 503. A client that is to send is shut for
+# reading (what has come is still read); one that is to read, both ways. Of that the epoll tells,
+# and who has the connection then closes it.
 
 LOOK = 0.2              # seconds between looks at all connections
 HURRIED = 0.5           # seconds that a client has to send at a stop
@@ -1890,7 +1901,7 @@ class Connection:
                 self.arm(READ)
                 return
             keep = self.head.keep
-            question = ask_again(self.head, body, self.server.settings)
+            question = ask_cached(self.head, body, self.server.settings)
             if question is METRICS_TEXT:
                 self.answer(200, self.server.metrics_text(), keep, media=PROMETHEUS)
                 return
@@ -1942,10 +1953,8 @@ class Connection:
             error = IdpotError("the request did not arrive in time", status=408)
         self.answer_error(error, keep=False)
 
-    # By who has the answer, and with it the connection.
-
     def answer_job(self, value, error):
-        """Job.answer: called by a worker or the main thread."""
+        """The Job's asker: who has taken it from the job has the connection now."""
         question = self.state[2].question
         if error:
             self.answer_error(error, self.head.keep)
@@ -1998,7 +2007,7 @@ class Connection:
         del self.server.connections[self.descriptor]    # before another one has its descriptor
         self.request.close()
 
-    # By the main thread, which does not have it.
+    # By the main thread, which has it only where expire() answers the job.
 
     def shut(self):
         """Ends whatever it waits for: its answer, which is a 503 then, or the client."""
@@ -2051,16 +2060,16 @@ class Server(http.server.ThreadingHTTPServer):
             SENDING: settings.idletimeout,
             CLOSING: LINGER,
         }
-        # A store needs one for its connection; so do the logs, /proc, a newcomer.
+        # Each store needs a descriptor; so do the logs, /proc and a newcomer.
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most = max(1, min(settings.maxconnections, files - len(allocator.stores) - 16))
         self._looked = monotonic()
 
-    def read(self, patience):
+    def read(self, timeout):
         """Goes on with the connections of which the epoll tells, by who has the lead; returns
         whether one has asked for something."""
         asked = False
-        for descriptor, events in self.epoll.poll(patience):
+        for descriptor, events in self.epoll.poll(timeout):
             connection = self.connections.get(descriptor)
             if connection:      # else it is the bell
                 connection.go_on(events)
@@ -2083,8 +2092,8 @@ class Server(http.server.ThreadingHTTPServer):
         os.eventfd_write(self.bell, 1)
 
     def stop(self):
-        """Stops accepting, after what waits in the backlog; returns when all is answered, or after
-        Timeout. Requests that are answered from now on are answered with a close."""
+        """Accepts what waits in the backlog, then no more; returns when all connections are closed,
+        or after Timeout. Each answer from now on closes its connection."""
         self.stopping = monotonic()
         self.end = self.stopping + 0.75 * self.settings.timeout     # answers need a moment, too
         self.timeout = 0
@@ -2107,7 +2116,8 @@ class Server(http.server.ThreadingHTTPServer):
         for connection in list(self.connections.values()):
             connection.look(now)
         self.count_answers()
-        if self.allocator.look(now) and "WATCHDOG_USEC" in os.environ:
+        well = self.allocator.look(now)
+        if well and "WATCHDOG_USEC" in os.environ:
             notify("WATCHDOG=1")        # that this thread hangs shows of itself
         if signal.sigtimedwait(STOPS, 0):
             raise KeyboardInterrupt
@@ -2154,11 +2164,10 @@ class Server(http.server.ThreadingHTTPServer):
 # ------------------------------------------------------------------------------------------ client
 
 class Client(AbstractContextManager):
-    """A client of an idpot server at a URL, over one connection that is kept; for one thread.
-    Its methods raise BadRequest, Unauthorized, NotFound, Exists, Exhausted or Unavailable as the
-    server answers, IdpotError for any other status and for what is no answer of idpot's, WentBack
-    where an ID is not greater than those before (after a restore without a raise, say), and OSError
-    where the server cannot be reached, or sends nothing for `timeout` seconds."""
+    """A client of an idpot server at a URL, over one connection that is kept; for one thread. Its
+    methods raise BadRequest, Unauthorized, NotFound, Exists, Exhausted or Unavailable as the server
+    answers; IdpotError for what is no answer of idpot's; WentBack where an ID is not above those
+    before, as after a restore; OSError where nothing comes for `timeout` seconds."""
     ERRORS = {      # but a 409 to a create is Exists
         400: BadRequest, 401: Unauthorized, 403: Unauthorized, 404: NotFound, 409: Exhausted,
         503: Unavailable}
@@ -2177,7 +2186,7 @@ class Client(AbstractContextManager):
 
     def create(self, pot, min=0):
         """Creates the pot; its first ID is min + 1. Tried once: again it could find its own pot."""
-        self.close()
+        self.close()        # only on a connection that was kept is anything tried again
         try:
             self._ask(201, "Created new pot", "POST", "/pot/create", name=pot, min=min)
         except Exhausted as error:
@@ -2297,7 +2306,7 @@ def serve(settings, stores):
         log.info("a line for each request follows; LogFile = /dev/null in the settings ends that")
     notify(f"READY=1\nSTATUS={description}")
     with suppress(KeyboardInterrupt):
-        server.serve_forever(LOOK / 4)
+        server.serve_forever(LOOK / 4)      # for stand_in()
     notify("STOPPING=1")
     with suppress(KeyboardInterrupt):        # the second signal: it stops at once
         server.stop()
@@ -2339,7 +2348,8 @@ def run(arguments):
 
 
 def main(argv=None):
-    """Runs the command line; returns the exit code: 0 stopped, 1 no start, 78 wrong settings."""
+    """Runs the command line; returns the exit code: 0 after --check, 1 no start, 78 wrong settings.
+    A server that stops ends the process by itself, with 0."""
     parser = argparse.ArgumentParser(
         prog="idpot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="settings; else SQLite in ./idpot.db")
