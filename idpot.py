@@ -1119,7 +1119,7 @@ class Pot:
         self.jobs = []          # of which the answered are still to go
         self.floor = floor      # the highest number given or told; None: it was not looked at yet
         self.failures = 0       # calls in a row that failed, or took long: it is in trouble
-        self.moment = 0.0       # before which it is not tried again
+        self.moment = monotonic()       # before which it is not tried again
 
     @property
     def alone(self):
@@ -1141,6 +1141,7 @@ class Pots:
         self.known = {HEALTH: Pot(HEALTH, floor=0)}         # by name
         self.ready = collections.deque()        # to be served at once, oldest first
         self.alone = []         # to be served by themselves, each from its moment on
+        self._alone_next = False        # whose turn it is, where both have some
 
     def add(self, job):
         name = job.question.pot
@@ -1156,14 +1157,17 @@ class Pots:
         (self.alone if pot.alone else self.ready).append(pot)
 
     def choose(self, room):
-        """{pot: its jobs} to serve next, to be given back. A due pot of `alone` goes first, if
-        there is room for it; else the oldest of `ready`, joined by others where all jobs ask for
-        IDs."""
+        """{pot: its jobs} to serve next, to be given back. A due pot of `alone`, if there is room
+        for it, in turns with the oldest of `ready`, which others join where all jobs ask for IDs.
+        """
         batch = {}
         now = monotonic()
         with self._lock:
+            self._alone_next = not self._alone_next
+            room = room and (self._alone_next or not self.ready)
             due = [pot for pot in self.alone if room and pot.moment <= now]
-            for pot in sorted(due, key=lambda one: one.failures):   # the first tries of all first
+            # First tries go first; a failure costs a second of waiting at most.
+            for pot in sorted(due, key=lambda one: one.moment + one.failures):
                 self.alone.remove(pot)
                 if self._unanswered(pot):
                     return {pot: list(pot.jobs)}
@@ -1364,18 +1368,18 @@ class Allocator:
                 self._take(store, batch)
         except IdpotError as error:
             for one in batch:       # each is tried by itself now
-                one.failures += 1
+                one.failures = min(one.failures + 1, 7)
             if len(batch) == 1:
                 self._fail(store, pot, jobs, error)
         else:
-            slow = monotonic() > start + self.SLOW
+            slow = monotonic() > start + self.SLOW and len(self.stores) > 1
             for one in batch:
                 one.failures = int(slow)
 
     def _fail(self, store, pot, jobs, error):
         """After a failed call for one pot: has its jobs tried later, or one by one, or refused."""
         if isinstance(error, Retry):
-            pot.moment = monotonic() + min(1.0, 0.01 * 2 ** min(pot.failures, 10))
+            pot.moment = monotonic() + min(1.0, 0.01 * 2**pot.failures)
             self._postpone(error, jobs)
             subject = f"pot {pot.name}" if store.connected else store.subject
             troubles.begin(subject, f"{subject}: {error.detail}")
@@ -1396,7 +1400,9 @@ class Allocator:
     def _serve_calls(self, store, pot, jobs):
         """Has each call run once, for all jobs with that."""
         for call in dict.fromkeys([job.question.call for job in jobs]):
-            group = [job for job in jobs if job.question.call == call]
+            group = [job for job in jobs if job.question.call == call and job.asker]
+            if not group:       # nobody waits for it any more
+                continue
             try:
                 value = call(self, store, pot.name)
                 if pot.name == HEALTH:
@@ -1870,6 +1876,8 @@ class Connection:
         try:
             if name == SENDING:
                 self.send(*more, since)
+            elif events & select.EPOLLHUP and events & select.EPOLLOUT:     # by shut()
+                self.close()
             elif events & select.EPOLLOUT:      # there is a further request in the buffer
                 self.read_request()
             else:
@@ -2014,8 +2022,9 @@ class Connection:
         name, _, more = self.state
         if name == ASKING:
             more.expire()
+        writes = name == SENDING or name == IDLE and self.buffer        # as it is armed
         with suppress(OSError):     # it was just closed
-            self.request.shutdown(socket.SHUT_RDWR if name == SENDING else socket.SHUT_RD)
+            self.request.shutdown(socket.SHUT_RDWR if writes else socket.SHUT_RD)
 
     def look(self, now):
         """Ends what takes too long: a wait for the database, for a client to read, or to send."""
@@ -2158,7 +2167,10 @@ class Server(http.server.ThreadingHTTPServer):
         """Gives the connection to the epoll."""
         connection = Connection(request, client_address, self)
         self.connections[connection.descriptor] = connection
-        self.epoll.register(connection.descriptor, READ)
+        try:
+            self.epoll.register(connection.descriptor, READ)
+        except OSError:         # the kernel has no memory left for it
+            connection.close()
 
 
 # ------------------------------------------------------------------------------------------ client
