@@ -1288,24 +1288,21 @@ class Allocator:
             self._lead.acquire()
             self._leader = store
             while self._leader is store and not self._stopped:
-                batch = {}
-                pause = max(0.0, moment - monotonic())
                 if not store.connected and self._another_is_free():
-                    # That one leads. This one serves nothing, which connects.
                     self._leave(store)
-                    time.sleep(pause)
-                else:
-                    room = len(self._busy) < self._most_away
-                    timeout = min(pause, 0.2) or self._pots.next_moment(room)
-                    # Until nothing more comes: fuller groups give 1.1 times the rate (wrk -c64).
-                    while self._read(timeout):
-                        timeout = 0.0
-                    batch = self._pots.choose(room) if monotonic() >= moment else {}
-                    if not batch:
-                        continue
-                connected = self._serve(store, batch)
-                failures = 0 if connected else min(failures + 1, 6)
-                moment = 0.0 if connected else monotonic() + 0.01 * 2**failures
+                    time.sleep(0.01)        # that one, which has a connection, is to lead
+                    break
+                room = len(self._busy) < self._most_away
+                pause = max(0.0, moment - monotonic())
+                timeout = min(pause, 0.2) or self._pots.next_moment(room)
+                # Until nothing more comes: fuller groups give 1.1 times the rate (wrk -c64).
+                while self._read(timeout):
+                    timeout = 0.0
+                batch = self._pots.choose(room) if monotonic() >= moment else {}
+                if batch:
+                    connected = self._serve(store, batch)
+                    failures = 0 if connected else min(failures + 1, 6)
+                    moment = 0.0 if connected else monotonic() + 0.01 * 2**failures
             self._leave(store)
         store.close()
 
@@ -1322,12 +1319,11 @@ class Allocator:
     def _serve(self, store, batch):
         """Connects, if need be, and serves the pots; returns whether it could connect."""
         self._busy[store] = monotonic()
-        if any([pot.alone for pot in batch]):
+        if next(iter(batch)).alone:
             self._leave(store)
         try:
             store.connect()
-            if batch:
-                self._serve_pots(store, batch)
+            self._serve_pots(store, batch)
             return True
         except IdpotError as error:
             troubles.begin(store.subject, error.detail)
@@ -2160,7 +2156,7 @@ class Server(http.server.ThreadingHTTPServer):
                           default=None)
             if longest and longest.state[1] < monotonic() - 0.1:
                 longest.shut()
-            time.sleep(0.005)           # the accepting loop comes again at once
+            time.sleep(0.001)           # the accepting loop comes again at once
             raise
 
     def process_request(self, request, client_address):
