@@ -2853,6 +2853,16 @@ def test_clients_that_never_read_make_room(narrow):
                 server.next("p")
 
 
+def test_a_client_that_asks_on_and_on_and_does_not_read_makes_room(narrow):
+    server = narrow(MaxConnections=1)
+    with Raw(server, buffer=4096) as client:
+        client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        while select.select([], [client.socket], [], 0.5)[1]:
+            client.socket.send(b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n" * 30)
+        with within(3):
+            assert server.answer("GET", "/x")[0] == 404
+
+
 def test_requests_beyond_all_buffers_are_answered_in_order_when_the_client_reads(narrow):
     server = narrow()
     server.create("p")
