@@ -130,7 +130,9 @@ class SettingsError(IdpotError, argparse.ArgumentTypeError):
 def shown(value):
     """The text or bytes in double quotes, cut and escaped, fit for a line of an answer or a log."""
     text = ascii(value[:100]).removeprefix("b")[1:-1].replace('"', r'\"')
-    return f'"{text}..."' if len(value) > 100 else f'"{text}"'
+    if len(value) > 100:
+        text += "..."
+    return f'"{text}"'
 
 
 def whole_number(text, low, high, name=""):
@@ -169,24 +171,24 @@ def parse_dsn(text):
     if not match:
         raise SettingsError("it is not of the form user:password@tcp(host:port)/dbname, or with "
                             "unix(/path) for tcp(...)")
-    inside = match["inside"] or "127.0.0.1"
-    if match["net"] == "unix":
-        path = match["inside"] or "/tmp/mysql.sock"
+    parts = match.groupdict("")
+    if parts["net"] == "unix":
+        path = parts["inside"] or "/tmp/mysql.sock"
         addresses = {path: {"unix_socket": path}}
     else:
         addresses = {}
-        for one in inside.split(","):
+        for one in (parts["inside"] or "127.0.0.1").split(","):
             host, port = split_address(one.strip(), 3306)
             addresses[f"{host}:{port}"] = {"host": host or "127.0.0.1", "port": port}
-    values = dict(parse_qsl(match["parameters"], keep_blank_values=True))
+    values = dict(parse_qsl(parts["parameters"], keep_blank_values=True))
     tls = values.pop("tls", "preferred").lower()
     tls = {"1": "true", "0": "false"}.get(tls, tls)
     if tls not in ("true", "false", "skip-verify", "preferred"):
         raise SettingsError(f"tls={shown(tls)} is not true, false, skip-verify or preferred")
     return {
-        "user": match["user"] or "",
-        "password": match["password"] or "",
-        "database": unquote(match["database"]),
+        "user": parts["user"],
+        "password": parts["password"],
+        "database": unquote(parts["database"]),
         "addresses": addresses,
         "tls": tls,
         "ignored": ", ".join(values),
@@ -201,9 +203,10 @@ def token(text):
     return text
 
 
+LISTEN = ("127.0.0.1", 8080)
 SETTINGS = {    # section -> name in lower case -> (default, what makes the value of a text)
     "Server": {
-        "listen": (("127.0.0.1", 8080), split_address),
+        "listen": (LISTEN, split_address),
         "logfile": ("", str),               # strftime pattern; empty: stderr
         "loglinkname": ("", str),           # symlink to the newest log file
         "token": ("", token),               # bearer token asked for all but /healthz
@@ -239,74 +242,63 @@ def read_settings(path):
     try:
         with open(path, encoding="utf-8-sig") as file:
             lines = [line.strip() for line in file]     # an indented one would continue another
-        reader.read_file([line.title() if line[:1] == "[" else line for line in lines], path)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SettingsError(f"{path or shown(path)}: {reason}")
-    except configparser.Error as error:     # its own text could show a password
-        line = getattr(error, "lineno", None) or error.errors[0][0]
-        twice = "Duplicate" in type(error).__name__
-        what = "is there twice" if twice else "is neither [section] nor name = value"
-        raise SettingsError(f"{path}:{line}: this {what}")
-    places = {}
-    for number, line in enumerate(lines, 1):
-        name = line.partition("=")[0].strip()
-        places[name.lower()] = (number, name)
-    return reader, places
-
-
-def setting_value(text):
-    """The value that stands in a file, bare or in double quotes."""
-    match = VALUE.fullmatch(text)
-    if not match:
-        raise SettingsError('a double quote is not closed, or a backslash is not one of \\" \\\\ '
-                            "\\n \\t within double quotes")
-    return re.sub(r'\\.|"', lambda part: ESCAPED[part[0]], match[1].strip())
+        reader.read_file([line.title() if line.startswith("[") else line for line in lines], path)
+    except OSError as error:
+        raise SettingsError(f"{path or shown(path)}: {error.strerror}")
+    except UnicodeDecodeError:
+        raise SettingsError(f"{path}: it is not UTF-8")
+    except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
+        raise SettingsError(f"{path}:{error.lineno}: this is there twice")
+    except configparser.ParsingError as error:      # its own text could show a password
+        line = getattr(error, "lineno", 0) or error.errors[0][0]
+        raise SettingsError(f"{path}:{line}: this is neither [section] nor name = value")
+    names = [line.partition("=")[0].strip() for line in lines]
+    return reader, {name.lower(): (number, name) for number, name in enumerate(names, 1)}
 
 
 def load_settings(path=None):
-    """The settings of the file, or the defaults; `dsn`; `mysql`, whether the pots are there;
-    `listens`, whether the file says where. An empty value means the default, but for the tokens:
-    without one the server is open. Raises SettingsError."""
+    """The settings of the file, or the defaults; `dsn`; `mysql`, whether the pots are there. An
+    empty value means the default, but not of a token: without one the server is open."""
     reader, places = read_settings(os.devnull if path is None else path)
     folder = os.environ.get("CREDENTIALS_DIRECTORY") or "\0"    # systemd's copy of /etc/idpot.cfg
     path = (path or "").replace(folder, "/etc")
-    values = {}
-    for rows in SETTINGS.values():
-        values.update({name: default for name, (default, _) in rows.items()})
+    values = {name: row[0] for rows in SETTINGS.values() for name, row in rows.items()}
+    settings = types.SimpleNamespace(**values, mysql="Mysql" in reader)
     for section in reader.sections():
         if section not in SETTINGS:
             raise SettingsError(f"{path}: unknown section [{section}]")
         for name, text in reader.items(section):
             number, spelled = places[name]
             if name not in SETTINGS[section]:   # what has more than letters may be a password
-                spelled = shown(spelled) if re.fullmatch("[A-Za-z_-]+", name) else "(not shown)"
+                spelled = f'"{spelled}"' if re.fullmatch("[A-Za-z_-]+", name) else "(not shown)"
                 raise SettingsError(f"{path}:{number}: unknown name {spelled} in [{section}]")
             _, convert = SETTINGS[section][name]
             try:
-                value = setting_value(text)
+                match = VALUE.fullmatch(text)
+                if not match:
+                    raise SettingsError('a double quote is not closed, or a backslash is not one '
+                                        'of \\" \\\\ \\n \\t within double quotes')
+                value = re.sub(r'\\.|"', lambda part: ESCAPED[part[0]], match[1].strip())
                 if value or convert is token:
-                    values[name] = convert(value)
+                    setattr(settings, name, convert(value))
             except IdpotError as error:
                 hint = ""
                 if re.search("[;#]", text):
                     hint = ": what has a ; or # in it wants double quotes"
                 raise SettingsError(f"{path}:{number}: [{section}] {spelled}: {error}{hint}")
-    mysql = "Mysql" in reader
-    if mysql and "Sqlite" in reader:
+    if settings.mysql and "Sqlite" in reader:
         raise SettingsError(f"{path}: [Mysql] and [Sqlite] are both given: keep one")
-    host, port = values["hostname"], values["port"]
-    dsn = values["connectstring"] or {
-        "user": values["username"],
-        "password": values["password"],
-        "database": values["dbname"],
+    host, port = settings.hostname, settings.port
+    settings.dsn = settings.connectstring or {
+        "user": settings.username,
+        "password": settings.password,
+        "database": settings.dbname,
         "addresses": {f"{host}:{port}": {"host": host, "port": port}},
         "tls": "preferred",
         "ignored": "",
     }
-    values["admintoken"] = values["admintoken"] or values["token"]
-    return types.SimpleNamespace(
-        **values, dsn=dsn, mysql=mysql, listens=reader.has_option("Server", "listen"))
+    settings.admintoken = settings.admintoken or settings.token
+    return settings
 
 
 # ----------------------------------------------------------------------------------------- metrics
@@ -335,8 +327,7 @@ BUCKETS = {f'{HISTOGRAM}_bucket{{le="{limit}"}}': float(limit) for limit in (
     "2.5", "5", "10", "+Inf")}
 COUNTED = (         # the series that are told before there is something to count
     "idpot_ids_issued_total", "idpot_db_statements_total", "idpot_db_seconds_total",
-    "idpot_db_retries_total", "idpot_log_lines_lost_total", *BUCKETS, f"{HISTOGRAM}_sum",
-    f"{HISTOGRAM}_count")
+    "idpot_db_retries_total", "idpot_log_lines_lost_total")
 
 
 class Metrics:
@@ -346,6 +337,7 @@ class Metrics:
         self._lock = threading.Lock()       # guards the counters; no other is taken under it
         self._counters = collections.Counter(dict.fromkeys(COUNTED, 0))     # by series
         self._start = time.time()
+        self.add_answers([])
 
     def add(self, series, amount=1):
         with self._lock:
@@ -402,14 +394,15 @@ class Troubles:
         self._quiet = {}                # subject -> until when nothing is told of it
 
     def begin(self, subject, text, level=logging.WARNING):
-        """Notes that something is wrong with a subject; text is the line that tells it."""
         with self._lock:
             now = monotonic()
             if subject in self._told or now < self._quiet.get(subject, now):
                 return
             self._told[subject] = True
             self._quiet[subject] = now + self.QUIET
-        log.log(level, "%s", " ".join(text.split()))
+        if not text.startswith(subject):
+            text = f"{subject}: {text}"
+        log.log(level, "%s", text)
 
     def end(self, subject):
         if self._told.pop(subject, False):
@@ -446,17 +439,16 @@ class StrftimeFileHandler(logging.Handler):
 
     def point_link(self, path):
         """Points the link to the file, atomically: it never misses."""
-        folder = os.path.realpath(os.path.dirname(self.link))
-        target = os.path.relpath(os.path.realpath(path), folder)
-        if os.path.islink(self.link):
-            if os.readlink(self.link) == target:
-                return
-        elif os.path.exists(self.link):
+        target = os.path.realpath(path)
+        if os.path.realpath(self.link) == target:
+            return
+        if os.path.exists(self.link) and not os.path.islink(self.link):
             raise FileExistsError(f"{self.link} is there and is not a symlink")
         new = f"{self.link}.{os.getpid()}"
         with suppress(FileNotFoundError):
             os.unlink(new)      # a crash may have left it
-        os.symlink(target, new)
+        folder = os.path.realpath(os.path.dirname(self.link))
+        os.symlink(os.path.relpath(target, folder), new)
         os.replace(new, self.link)
 
     def emit(self, record):
@@ -475,8 +467,7 @@ def under_journald():
 
 
 class StderrFormatter(logging.Formatter):
-    """Events with their time, access lines as they are; under journald the priority before each
-    line (sd-daemon(3))."""
+    """Events with their time, access lines as they are; priorities for journald (sd-daemon(3))."""
     PRIORITIES = {logging.INFO: "<6>", logging.WARNING: "<4>", logging.ERROR: "<3>"}
 
     def format(self, record):
@@ -484,7 +475,9 @@ class StderrFormatter(logging.Formatter):
         if under_journald():
             priority = self.PRIORITIES[record.levelno]
             return priority + text.replace("\n", "\n" + priority)
-        return text if record.name == access.name else super().format(record)
+        if record.name == access.name:
+            return text
+        return super().format(record)
 
 
 class LogQueueHandler(logging.handlers.QueueHandler):
@@ -499,7 +492,6 @@ class LogQueueHandler(logging.handlers.QueueHandler):
 
 
 def start_log(logger, handler):
-    """Has the logger's records written by a thread of its own."""
     waiting = queue.Queue()
     logging.handlers.QueueListener(waiting, handler).start()
     logger.handlers = [LogQueueHandler(waiting)]
@@ -510,10 +502,9 @@ def start_log(logger, handler):
 def drain_logs():
     """Waits until all is written, for half a second at most."""
     deadline = monotonic() + 0.5
-    for logger in (access, log):
-        for handler in logger.handlers:
-            while handler.queue.unfinished_tasks and monotonic() < deadline:
-                time.sleep(0.005)
+    for handler in access.handlers + log.handlers:
+        while handler.queue.unfinished_tasks and monotonic() < deadline:
+            time.sleep(0.005)
 
 
 ESCAPES = {byte: f"\\x{byte:02x}" for byte in (*range(32), *range(127, 256))}
@@ -534,30 +525,38 @@ class Store:
     start()         is called on one of them, before the first use; returns what is served
     probe()         tries the database for --check, and writes nothing
     connect()       sees to a connection to a server that can issue IDs, as far as it is known
-    take(wants)     for each (pot, count, floor) the last of `count` new IDs. All are above floor,
-                    the highest number that any answer has shown. One trouble fails all, though
-                    counters may have moved; the caller then takes each by itself
+    take(wants, hasty)  for each (pot, count, floor) the last of `count` new IDs. All are above
+                    floor, the highest number that any answer has shown. One trouble fails all,
+                    though counters may have moved; the caller then takes each by itself. hasty:
+                    a locked pot is an error at once, if the database can do that
     current(pot)    the counter; it raises Broken where the table could repeat IDs
-    create(pot, low), raise_to(pot, low)    what the counter is then; raise_to never lowers it
+    create(pot, low)    makes it; its first ID is low + 1
+    raise_to(pot, low)  the counter then, which never falls
     pots()          (pot, counter) of each, "-" for the counter of one that cannot be read
     check(pot)      raises Unavailable unless an ID could be issued now, from the pot, if not ""
     close()         ends the connection
 
     They raise NotFound, Exists, Exhausted. Retry: the worker tries again. Unavailable: the client
-    may. Broken: somebody must mend the pot. Refused: somebody must mend the database.
-    """
+    may. Broken: somebody must mend the pot. Refused: somebody must mend the database."""
     subject = ""            # the database, as the log names it
-    connected = True        # whether it has a connection
-    hasty = False           # whether a locked pot is an error at once, if the database can do that
+    connection = None       # the driver's, while there is one
 
 
 class SqliteStore(Store):
     """One SQLite file that this process locks; WAL with synchronous=FULL survives a power cut.
 
     Nobody else can write: so the counters are read once, at the start, and kept. SQLite's integers
-    are signed: an ID from 2**63 up is stored as ID - 2**64.
-    """
-    SET = "UPDATE pot SET id = ? WHERE name = ?"
+    are signed: an ID from 2**63 up is stored as ID - 2**64."""
+    # The empty transaction takes the lock that EXCLUSIVE keeps: a second process is refused.
+    START = """
+        PRAGMA locking_mode=EXCLUSIVE;
+        PRAGMA journal_mode=WAL;
+        PRAGMA synchronous=FULL;
+        CREATE TABLE IF NOT EXISTS pot (name TEXT PRIMARY KEY, id INTEGER NOT NULL);
+        BEGIN IMMEDIATE;
+        COMMIT
+        """
+    SET = "INSERT INTO pot (id, name) VALUES {} ON CONFLICT (name) DO UPDATE SET id = excluded.id"
 
     @classmethod
     def all(cls, settings):
@@ -572,17 +571,12 @@ class SqliteStore(Store):
 
     def start(self):
         try:
-            self._db = self._sqlite.connect(
+            self.connection = self._sqlite.connect(
                 self._path, timeout=0, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
-            mode = self._db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS pot (name TEXT PRIMARY KEY, id INTEGER NOT NULL)")
-            # Takes the lock now, which EXCLUSIVE keeps: a second process is refused at its start.
-            self._db.execute("BEGIN IMMEDIATE").execute("COMMIT")
+            self.connection.executescript(self.START)
+            mode = self.connection.execute("PRAGMA journal_mode").fetchone()[0]
             self._file = os.stat(self._path)
-            self._counters = dict(self._db.execute("SELECT name, id FROM pot"))
+            self._counters = dict(self.connection.execute("SELECT name, id FROM pot"))
         except (self._sqlite.Error, OSError) as error:
             reason = "another process uses it" if "locked" in str(error) else error
             raise IdpotError(f"SQLite file {shown(self._path)}: {reason}")
@@ -590,13 +584,15 @@ class SqliteStore(Store):
             raise IdpotError(f"SQLite file {shown(self._path)} does not take the WAL journal")
         for pot, value in self._counters.items():
             if (type(pot), type(value)) != (str, int):      # a name may be NULL
-                raise IdpotError(f"SQLite file {shown(self._path)}: pot {shown(str(pot))} holds no "
-                                 "whole number")
+                raise IdpotError(
+                    f"SQLite file {shown(self._path)}: pot {pot!a} holds no whole number")
             self._counters[pot] = value % 2**64
         return self.subject
 
     def probe(self):
-        path = self._path if os.path.exists(self._path) else os.path.dirname(self._path) or "."
+        path = self._path
+        if not os.path.exists(path):
+            path = os.path.dirname(path) or "."
         if not os.access(path, os.W_OK):        # SQLite itself would write
             raise IdpotError(f"SQLite file {shown(self._path)} cannot be written")
         return f"{self.subject} can be written"
@@ -611,21 +607,16 @@ class SqliteStore(Store):
                 return
         raise Refused(f"{self.subject} was moved, removed or replaced: restart idpot")
 
-    def _write(self, statement, counters):
-        """Writes the counters of pots, {pot: value}, in one transaction."""
-        rows = [(value - 2**64 if value >> 63 else value, pot)
-                for pot, value in counters.items()] or [()]
+    def _write(self, counters, statement=SET):
+        """Writes the counters of pots, {pot: value}; one statement is one transaction."""
         start = monotonic()
+        rows = ", ".join(["(?, ?)"] * len(counters))
+        values = []
+        for pot, value in counters.items():
+            values += [value - 2**64 if value >> 63 else value, pot]
         try:
-            if len(rows) == 1:
-                self._db.execute(statement, rows[0])
-            else:
-                self._db.execute("BEGIN IMMEDIATE")
-                self._db.executemany(statement, rows)
-                self._db.execute("COMMIT")
+            self.connection.execute(statement.format(rows), values)
         except self._sqlite.Error as error:
-            if self._db.in_transaction:
-                self._db.rollback()
             metrics.add('idpot_db_errors_total{errno="other"}')
             raise Unavailable(f"{self.subject}: {error}")
         finally:
@@ -633,30 +624,29 @@ class SqliteStore(Store):
         self._check_file()      # if it was replaced before, another idpot may count in the new one
         self._counters.update(counters)
 
-    def take(self, wants):
+    def take(self, wants, hasty=False):
         lasts = {}
         for pot, count, floor in wants:
             lasts[pot] = max(self.current(pot), floor) + count
             if lasts[pot] > MAX_ID:
-                raise Exhausted(f"pot {shown(pot)} is exhausted: fewer than {count} IDs are left")
-        self._write(self.SET, lasts)
+                raise Exhausted(f'pot "{pot}" is exhausted: fewer than {count} IDs are left')
+        self._write(lasts)
         return list(lasts.values())
 
     def current(self, pot):
         self._check_file()
         if pot not in self._counters:
-            raise NotFound(f"there is no pot {shown(pot)}")
+            raise NotFound(f'there is no pot "{pot}"')
         return self._counters[pot]
 
     def create(self, pot, low):
         if pot in self._counters:
-            raise Exists(f"pot {shown(pot)} exists")
-        self._write("INSERT INTO pot (id, name) VALUES (?, ?)", {pot: low})
-        return low
+            raise Exists(f'pot "{pot}" exists')
+        self._write({pot: low})
 
     def raise_to(self, pot, low):
         value = max(self.current(pot), low)
-        self._write(self.SET, {pot: value})
+        self._write({pot: value})
         return value
 
     def pots(self):
@@ -664,28 +654,28 @@ class SqliteStore(Store):
         return sorted(self._counters.items())
 
     def check(self, pot):
-        self._write("PRAGMA user_version = 1", {})  # a write: a full disk lets a transaction begin
+        self._write({}, "PRAGMA user_version = 1")  # a write: a full disk lets a transaction begin
 
     def close(self):
-        self._db.close()    # folds the journal into the file
+        self.connection.close()    # folds the journal into the file
 
 
 CANNOT = "the database cannot serve this now"
 # Errors that last: rights and names that somebody must mend, which only a new connection sees.
-# Others are tried again.
-LASTING = {1044, 1045, 1049, 1142, 1143, 1227, 1698, 1862, 2026, 2061, 3118, 4151}
+LASTING = {1044, 1045, 1049, 1142, 1143, 1227, 1698, 1862, 2061, 3118, 4151}
 ONE_POT = {     # errors of one pot, after which the connection stays sound
-    1054: (Broken, "the table of pot {} has no column id"),
-    1062: (Exists, "pot {} exists"),
-    1146: (NotFound, "there is no pot {}"),
-    1205: (Retry, f"{CANNOT}: the table of pot {{}} is locked (error 1205)"),
-    3098: (Broken, "the table of pot {} is refused by its replication group, which wants InnoDB "
-                   "and a primary key (error 3098)"),
-    **{number: (Broken, f"the database does not let pot {{}} be made or written (error {number})")
-       for number in (1286, 1665, 3161, 3750)},
+    1054: (Broken, 'the table of pot "{}" has no column id'),
+    1062: (Exists, 'pot "{}" exists'),
+    1146: (NotFound, 'there is no pot "{}"'),
+    1205: (Retry, CANNOT + ': the table of pot "{}" is locked (error {})'),
+    3098: (Broken, 'the table of pot "{}" is refused by its replication group, which wants InnoDB '
+                   "and a primary key (error {})"),
+    **dict.fromkeys(
+        (1286, 1665, 3161, 3750),
+        (Broken, 'the database does not let pot "{}" be made or written (error {})')),
     **dict.fromkeys(        # the ceiling of a column, of BIGINT, of a CHECK
         (1264, 1292, 1690, 3819, 4025),
-        (Exhausted, "pot {} is exhausted: its table holds no greater number")),
+        (Exhausted, 'pot "{}" is exhausted: its table holds no greater number')),
 }
 # For accounts that read_only does not bind; as text: from MariaDB 12 on it is an enumeration. Left
 # out with binlog_format=STATEMENT, where the server would warn of each statement that has it.
@@ -703,18 +693,11 @@ GROUP = ("SELECT MAX(IF(member_id = @@server_uuid, "
 SESSION = ("SET SESSION autocommit=1, completion_type=0, lock_wait_timeout=1, "
            f"innodb_lock_wait_timeout=1, sql_safe_updates=0, sql_select_limit={MAX_ID}, "
            "sql_mode='STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'")
-CONNECTING = 3          # seconds to connect: there may be other addresses to try
-REPLY = 3               # seconds for a reply: more than two locks in a row, see SESSION
+REPLY = 3               # seconds to connect or for a reply: more than two locks, see SESSION
 # Does not wait for locks, in MariaDB; MySQL reads a comment.
 HASTY = "/*M!100300 SET STATEMENT lock_wait_timeout=0, innodb_lock_wait_timeout=0 FOR */ "
 BELIEVED = 1.0          # seconds for which a server is taken to be as it was seen
 UNUSED = 60.0           # seconds after which a connection is made anew: a firewall may forget it
-
-
-def execute(connection, statement):
-    """The rows of a query, or what the driver tells of another statement."""
-    done = connection.cmd_query(statement)      # a cursor would ping the server first
-    return connection.get_rows()[0] if "columns" in done else done
 
 
 def execute_all(connection, statements):
@@ -730,13 +713,10 @@ def execute_all(connection, statements):
 
 
 class MysqlConnection(Store):
-    """A connection to MySQL or MariaDB, made when it is needed, and thrown away after any trouble
-    that is not one pot's.
-
+    """A connection to MySQL or MariaDB, thrown away after any trouble that is not one pot's.
     All connections use the same address: whose turn it is, until it cannot issue IDs or does not
     answer in time; then the next one has its turn. A server that comes back is not used before all
-    behind it have failed: it may count for itself.
-    """
+    behind it have failed: it may count for itself."""
 
     @classmethod
     def all(cls, settings):
@@ -750,9 +730,7 @@ class MysqlConnection(Store):
         shared = types.SimpleNamespace(
             driver=mysql.connector,
             turn=0,         # counts on; the address of a turn is turn % the number of addresses
-            cluster="",     # what the servers are members of, once one of them told
-            writable="",    # WRITABLE, where statements may ask that
-            engines={})     # pot -> its engine, once it was looked at
+            cluster="")     # what the servers are members of, once one of them told
         return [cls(settings, shared) for _ in range(settings.connections)]
 
     def __init__(self, settings, shared):
@@ -760,15 +738,15 @@ class MysqlConnection(Store):
         self._shared = shared
         self._engine = settings.engine
         self._addresses = list(dsn["addresses"].items())
-        self._connection = None
         self._turn = 0          # that it was made in
         self._seen = 0.0        # when the server was seen to be able to issue IDs
+        self._writable = ""     # WRITABLE, where statements may ask that
         self.subject = f"MySQL {','.join(dsn['addresses'])}"
         self._arguments = {
             "user": dsn["user"],
             "password": dsn["password"],
             "database": dsn["database"],
-            "connection_timeout": CONNECTING,
+            "connection_timeout": REPLY,
             "read_timeout": REPLY,
             "write_timeout": REPLY,
             "collation": "utf8mb4_general_ci",      # older MariaDB lacks the driver's own
@@ -779,10 +757,6 @@ class MysqlConnection(Store):
             paths = ssl.get_default_verify_paths()
             self._arguments.update(ssl_verify_cert=True, ssl_verify_identity=True,
                                    ssl_ca=paths.cafile or paths.openssl_cafile)
-
-    @property
-    def connected(self):
-        return self._connection is not None
 
     def start(self):
         try:
@@ -808,35 +782,29 @@ class MysqlConnection(Store):
         now = monotonic()
         if self._turn != self._shared.turn or now > self._seen + UNUSED:
             self.close()
-        if self._connection and now > self._seen + believed:
+        if self.connection and now > self._seen + believed:
             with suppress(Retry):       # it was lost: then another one
-                self._call((), self._examine, self._connection)
+                self._call(self._examine)
         found = {}
-        while not self._connection:
+        while not self.connection:
             self._turn = self._shared.turn
             address, arguments = self._addresses[self._turn % len(self._addresses)]
             try:
-                self._connection = self._call((), self._log_in, arguments)
+                self._call(self._log_in, arguments)
             except Unavailable as error:
                 found[address] = error
                 if len(self._addresses) > 1:        # else others may have a connection there
-                    self._give_up()
+                    self._shared.turn = max(self._shared.turn, self._turn + 1)
             if len(found) == len(self._addresses):
                 told = "; ".join([f"{name}: {error.detail}" for name, error in found.items()])
-                kind = Refused if all(isinstance(e, Refused) for e in found.values()) else Retry
+                kinds = {type(error) for error in found.values()}
+                kind = Refused if kinds == {Refused} else Retry
                 raise kind(str(next(iter(found.values()))), detail=f"MySQL {told}")
 
-    def _give_up(self):
-        """The next address has its turn, unless another connection has seen to that."""
-        if self._shared.turn == self._turn:
-            self._shared.turn = self._turn + 1      # what any worker of this turn would set
-
-    def _call(self, pots, function, *arguments):
-        """What function(*arguments) returns, which talks to the server about these pots.
-
+    def _call(self, function, *arguments, pot=""):
+        """What function(*arguments) returns, which talks to the server; pot: if it is of one alone.
         The driver's errors become ours, and all but those of one pot end the connection: after any
-        surprise a reply could be that of another statement.
-        """
+        surprise a reply could be that of another statement."""
         start = monotonic()
         try:
             return function(*arguments)
@@ -846,49 +814,48 @@ class MysqlConnection(Store):
         except Exception as error:      # the driver's, and what it makes of bytes that are no MySQL
             number = getattr(error, "errno", None) or 2027      # "malformed packet"
             metrics.add(f'idpot_db_errors_total{{errno="{number}"}}')
-            if len(pots) == 1 and number in ONE_POT:
+            if pot and number in ONE_POT:
                 kind, text = ONE_POT[number]
-                raise kind(text.format(shown(pots[0]))) from error
+                raise kind(text.format(pot, number))
             self.close()
             # Numbers of the driver; 3024 is its read_timeout. Others are the server's answers.
             silent = 2000 <= number < 3000 or number == 3024
-            if silent and monotonic() > start + 0.9 * CONNECTING:
-                self._give_up()
-            detail = re.sub(r"[\0-\x20\x7f-\x9f]+", " ", str(error) or repr(error))
+            if silent and monotonic() > start + 0.9 * REPLY:
+                self._shared.turn = max(self._shared.turn, self._turn + 1)
+            detail = (str(error) or repr(error)).translate(ESCAPES)
             # What the two forms of the driver say to caching_sha2_password without TLS.
             if number == (2061 if self._shared.driver.HAVE_CEXT else 1045):
                 detail += "; it may need TLS on the server, or its socket: unix(/path)"
             # Without a word of these 2026 tells of a server that died while TLS was agreed on.
-            lasts = number in LASTING and (
-                number != 2026 or re.search("certificate|support", detail))
-            kind = Refused if lasts else Retry
-            raise kind(f"{CANNOT} (error {number})", detail=detail) from error
+            untrusted = number == 2026 and re.search("certificate|support", detail)
+            kind = Refused if untrusted or number in LASTING else Retry
+            raise kind(f"{CANNOT} (error {number})", detail=detail)
         finally:
             metrics.add("idpot_db_seconds_total", monotonic() - start)
 
     def _log_in(self, arguments):
         # Not with autocommit=True: only where the session sets it from 0, the driver's default, to
         # 1, it also commits what the server's init_connect may have begun.
-        connection = self._shared.driver.connect(**self._arguments, **arguments)
-        try:
-            connection.cmd_query(SESSION)
-            if self._dsn["tls"] == "skip-verify" and not execute(
-                    connection, "SHOW STATUS LIKE 'Ssl_cipher'")[0][1]:
+        self.connection = self._shared.driver.connect(**self._arguments, **arguments)
+        self._execute(SESSION)
+        if self._dsn["tls"] == "skip-verify":
+            if not self._execute("SHOW STATUS LIKE 'Ssl_cipher'")[0][1]:
                 raise Retry(f"{CANNOT}: its server offers no TLS")
-            self._examine(connection)
-            engines = execute(connection, "SELECT LOWER(engine) FROM information_schema.engines "
-                                          "WHERE support IN ('YES', 'DEFAULT')")
-            if (self._engine.lower(),) not in engines:
-                raise Refused(f"Engine: the server has no storage engine {shown(self._engine)}")
-            return connection
-        except BaseException:
-            connection.close()
-            raise
+        self._examine()
+        engines = self._execute("SELECT LOWER(engine) FROM information_schema.engines "
+                                "WHERE support IN ('YES', 'DEFAULT')")
+        if (self._engine.lower(),) not in engines:
+            raise Refused(f'Engine: the server has no storage engine "{self._engine}"')
 
-    def _examine(self, connection):
+    def _execute(self, statement):
+        """The rows of a query, or what the driver tells of another statement."""
+        done = self.connection.cmd_query(statement)    # a cursor would ping the server first
+        return self.connection.get_rows()[0] if "columns" in done else done
+
+    def _examine(self):
         """Raises Retry where the server cannot issue IDs now, Refused where it cannot at all."""
         now = monotonic()
-        state = dict(execute(connection, STATE))
+        state = dict(self._execute(STATE))
         # A member that is started without the plugin, or with wsrep_on=OFF, looks like a server
         # that was never in a cluster, and would count for itself.
         cluster = "the Galera cluster" if state.get("wsrep_on") == "ON" else ""
@@ -899,7 +866,7 @@ class MysqlConnection(Store):
         if cluster != self._shared.cluster:
             raise Retry(f"{CANNOT}: its server is not in {self._shared.cluster}")
         if group:       # a server outside its group, or cut off, stays writable
-            [[own, unreachable, members]] = execute(connection, GROUP)
+            [[own, unreachable, members]] = self._execute(GROUP)
             if own != "ONLINE PRIMARY":
                 raise Retry(f"{CANNOT}: its server is {own or 'no member'} in the replication "
                             "group")
@@ -907,77 +874,71 @@ class MysqlConnection(Store):
             if 2 * unreachable >= members:
                 raise Retry(f"{CANNOT}: the replication group has lost its majority")
         elif "wsrep_on" in state:
-            ready = execute(connection, GALERA) == [("wsrep_ready", "ON")]
+            ready = self._execute(GALERA) == [("wsrep_ready", "ON")]
             if ready != bool(cluster):      # a node that is, and a session that does not replicate
                 raise Retry(f"{CANNOT}: the Galera node is not ready (error 1047), or its wsrep_on "
                             "is OFF")
-        if any(value not in ("OFF", "0") for name, value in state.items()
-               if name.endswith("read_only")):
+        if {value for name, value in state.items() if name.endswith("read_only")} - {"OFF", "0"}:
             raise Retry(f"{CANNOT}: it is read-only (error 1290)")
-        self._shared.writable = "" if state.get("binlog_format") == "STATEMENT" else WRITABLE
+        self._writable = "" if state.get("binlog_format") == "STATEMENT" else WRITABLE
         if cluster and self._engine.lower() != "innodb":    # each node would count for itself
             raise Refused(f"Engine: {cluster} replicates InnoDB only, not {self._engine}")
         self._seen = now
 
     def close(self):
-        connection, self._connection = self._connection, None
+        connection, self.connection = self.connection, None
         if connection:
             with suppress(Exception):       # it may be lost already
                 connection.close()
 
 
 class MysqlStore(MysqlConnection):
-    """Pots in MySQL or MariaDB: each is a table of go-idpot's form, with one row.
+    """Pots in MySQL or MariaDB: each is a table `pot_NAME (id BIGINT UNSIGNED NOT NULL)` with one
+    row, as go-idpot's. InnoDB's has a key `one`, which never changes: updating a key leaves dead
+    records, which slow later updates while anybody holds a read view. And two nodes of a cluster
+    cannot both make the row."""
 
-    It is `pot_NAME (id BIGINT UNSIGNED NOT NULL)`. InnoDB's has a key `one`, which never changes:
-    updating a key leaves dead records, which slow later updates while anybody holds a read view.
-    And two nodes of a cluster cannot both make the row.
-    """
-
-    def _run(self, pots, statement):
+    def _run(self, statement, pot=""):
         self.connect()
-        return self._call(pots, execute, self._connection, statement)
+        return self._call(self._execute, statement, pot=pot)
 
-    def _update(self, values):
+    def _update(self, values, hasty=False):
         """Sets counters to SQL values, {pot: value}; returns for each pot the argument of
         LAST_INSERT_ID in its value, from its own statement's reply, or 0 where that was not called.
-
-        Several go in one call, always in this order: two idpots cannot lock each other out. They
-        are one transaction where all tables have such. The last one asks for read_only.
-        """
+        Several go in one call, always in this order: two idpots cannot lock each other out. With
+        Engine InnoDB they are one transaction."""
         pots = sorted(values)
         statements = [f"UPDATE `pot_{pot}` SET id = {values[pot]}" for pot in pots]
         self.connect()
-        statements[-1] += self._shared.writable
-        if self.hasty:
+        statements[-1] += self._writable        # the server may have changed since it was asked
+        if hasty:
             statements[0] = HASTY + statements[0]
-        together = len(pots) > 1 and all(self._shared.engines.get(pot) == "InnoDB" for pot in pots)
+        single = pots[0] if len(pots) == 1 else ""
+        together = not single and self._engine.lower() == "innodb"
         if together:
             statements = ["START TRANSACTION", *statements, "COMMIT"]
-        told = self._call(pots, execute_all, self._connection, statements)
+        told = self._call(execute_all, self.connection, statements, pot=single)
         if monotonic() > self._seen + BELIEVED:     # it may have waited while the server changed
-            self._call((), self._examine, self._connection)
+            self._call(self._examine)
         # An open transaction is not committed: a trigger or a proxy may have begun one.
-        if (len(told) != len(statements) or self._connection.in_transaction
+        if (len(told) != len(statements) or self.connection.in_transaction
                 or self._turn != self._shared.turn):
             self.close()
             raise Retry(f"{CANNOT}: its reply is not whole, not committed, or too late")
         if together:
             told = told[1:-1]
         for pot, done in zip(pots, told):
-            rows = done["affected_rows"]        # with FOUND_ROWS: that were met
-            if rows > 1:
-                raise Broken(f"the table of pot {shown(pot)} has {rows} rows, not one")
-            if not rows:        # WRITABLE, or another idpot is just making the pot
-                self._call((), self._examine, self._connection)
-                raise Retry(f"the table of pot {shown(pot)} has no row")
+            if done["affected_rows"] != 1:      # with FOUND_ROWS: that were met
+                self._call(self._examine)       # raises Retry, for WRITABLE
+                self.current(pot)               # raises Broken, or Retry
+                raise Retry("the pot was just changed by others")
         return {pot: done["insert_id"] for pot, done in zip(pots, told)}
 
-    # The counter is read and written by one statement, whose reply brings the value. So several
-    # idpots may use one table, with go-idpot among them: the database lets them in one by one.
-
-    def take(self, wants):
-        taken = self._update({pot: f"LAST_INSERT_ID(id + {count})" for pot, count, _ in wants})
+    def take(self, wants, hasty=False):
+        # The counter is read and written by one statement, whose reply brings the value. So several
+        # idpots may use one table, go-idpot among them: the database lets them in one by one.
+        taken = self._update(
+            {pot: f"LAST_INSERT_ID(id + {count})" for pot, count, _ in wants}, hasty)
         for pot, count, floor in wants:
             if taken[pot] >= floor + count:
                 continue
@@ -986,26 +947,25 @@ class MysqlStore(MysqlConnection):
                 if taken[pot]:
                     log.warning("the counter of pot %s was set back to %d, but %d was given: it "
                                 "goes on above that", pot, taken[pot] - count, floor)
-            raise Retry(f"the counter of pot {shown(pot)} was set back, was changed by others, or "
-                        "its table has a trigger")
+            raise Retry(f'the counter of pot "{pot}" was set back, was changed by others, or its '
+                        "table has a trigger")
         return [taken[pot] for pot, _, _ in wants]
 
     def current(self, pot):
-        rows = self._run((pot,), "SELECT id, (SELECT engine FROM information_schema.tables WHERE "
-                                 f"table_schema = DATABASE() AND table_name = 'pot_{pot}') "
-                                 f"FROM `pot_{pot}` LIMIT 2")
+        rows = self._run(
+            "SELECT id, (SELECT engine FROM information_schema.tables WHERE table_schema = "
+            f"DATABASE() AND table_name = 'pot_{pot}') FROM `pot_{pot}` LIMIT 2", pot)
         if not rows:        # another idpot may be just making it
-            raise Retry(f"the table of pot {shown(pot)} has no row")
+            raise Retry(f'the table of pot "{pot}" has no row')
         if len(rows) > 1:
-            raise Broken(f"the table of pot {shown(pot)} has several rows, not one")
+            raise Broken(f'the table of pot "{pot}" has several rows, not one')
         value, engine = rows[0]
-        self._shared.engines[pot] = engine
         cluster = self._shared.cluster
         if cluster and engine != "InnoDB":      # as in _examine()
             raise Broken(
-                f"the table of pot {shown(pot)} is {engine}: {cluster} replicates InnoDB only")
+                f'the table of pot "{pot}" is {engine}: {cluster} replicates InnoDB only')
         if type(value) is not int or value < 0:     # DOUBLE and VARCHAR would repeat IDs
-            raise Broken(f"the table of pot {shown(pot)} holds no whole number from 0 up")
+            raise Broken(f'the table of pot "{pot}" holds no whole number from 0 up')
         return value
 
     def create(self, pot, low):
@@ -1015,15 +975,12 @@ class MysqlStore(MysqlConnection):
             key = ", one TINYINT NOT NULL DEFAULT 1 PRIMARY KEY"
         # A server that has joined a cluster within the second is not left a table of its own.
         self.connect(believed=0)
-        self._run((pot,), f"CREATE TABLE IF NOT EXISTS `pot_{pot}` "
-                          f"(id BIGINT UNSIGNED NOT NULL{key}) ENGINE={self._engine}")
-        done = self._run((pot,), f"INSERT INTO `pot_{pot}` (id) SELECT {low} FROM DUAL "
-                                 f"WHERE NOT EXISTS (SELECT id FROM `pot_{pot}`)")
+        self._run(f"CREATE TABLE IF NOT EXISTS `pot_{pot}` (id BIGINT UNSIGNED NOT NULL{key}) "
+                  f"ENGINE={self._engine}", pot)
+        done = self._run(f"INSERT INTO `pot_{pot}` (id) SELECT {low} FROM DUAL "
+                         f"WHERE NOT EXISTS (SELECT id FROM `pot_{pot}`)", pot)
         if done["affected_rows"] != 1:
-            raise Exists(f"pot {shown(pot)} exists")
-        with suppress(Retry):       # the pot is made
-            self.current(pot)       # raises Broken where its table would not count
-        return low
+            raise Exists(f'pot "{pot}" exists')
 
     def raise_to(self, pot, low):
         self.connect(believed=0)
@@ -1033,8 +990,8 @@ class MysqlStore(MysqlConnection):
         return self.current(pot)    # whatever a trigger made of it
 
     def pots(self):
-        tables = self._run((), "SELECT table_name FROM information_schema.tables "
-                               "WHERE table_schema = DATABASE() AND engine IS NOT NULL")
+        tables = self._run("SELECT table_name FROM information_schema.tables "
+                           "WHERE table_schema = DATABASE() AND engine IS NOT NULL")
         for table, in sorted(tables):
             pot = table.removeprefix("pot_")
             if table != pot and POT_NAME.fullmatch(pot):
@@ -1056,22 +1013,28 @@ class MysqlStore(MysqlConnection):
 # -------------------------------------------------------------------------------------- allocation
 # Requests that wait together are served by ONE call of a store. A request becomes a Job of its pot.
 # A worker is a thread that owns one store for life. For the pots that have waited longest it has
-# the store take the sum of each one's counts, and answers the jobs in order of arrival; what asks
-# for no IDs goes before. A job stays with its pot until it is answered, and so keeps its order.
+# the store take the sum of each one's counts, and answers the jobs in order of arrival. A job stays
+# with its pot until it is answered, and so keeps its order.
 #
 # One worker LEADS. It alone reads what clients have sent, which brings the jobs, and chooses what
 # is served next; then it calls, answers, and reads on: a request meets one thread, and no other is
 # woken for it. For what may take long (a pot in trouble, one that was not looked at yet, the list
-# of pots) the leader leaves the lead first, and one of the idle workers, who wait for it, reads on.
-# Who has the lead looks at all that waits before it reads; only a worker without the lead has to
-# wake the leader, where it gives pots back. The main thread frees the lead of a leader whose call
+# of pots) the leader leaves the lead first, and one of the idle workers, who wait for it, reads on;
+# it wakes that one where it gives pots back. The main thread frees the lead of a leader whose call
 # lasts too long, for another worker; where none is free to lead, it reads itself.
+
+MOST = 64               # pots that are served together
+SLOW = 0.2              # seconds of a call, after which its pots are served by themselves
+HELD = 0.1              # seconds of a call, after which the next look frees the lead
+PAUSE = 0.1             # seconds before a worker tries again to connect
+ALL_POTS = "all pots"   # what concerns no pot: no pot can have these names
+HEALTH = "health check"
+
 
 class Question(NamedTuple):
     """What a request asks for: `count` IDs of the pot, or with count 0 what call(allocator, store,
     pot) returns, once for all who wait with the same call; an int is what the next ID will follow.
-    render(value) is the body of the answer: of the last ID, or of what the call returned.
-    """
+    render(value) is the body of the answer: of the last ID, or of what the call returned."""
     pot: str
     count: int = 0
     call: Callable = None
@@ -1088,8 +1051,8 @@ class Job:
     def __init__(self, question, asker, patience=10.0):
         self.question = question
         self.count = question.count
-        self.patience = patience
-        self.deadline = monotonic() + patience
+        self.began = monotonic()
+        self.deadline = self.began + patience
         self.asker = [asker]        # taken by the thread that answers: list.pop is atomic
 
     def answer(self, value=None, error=None):
@@ -1102,13 +1065,8 @@ class Job:
 
     def expire(self):
         kind = type(self.trouble)       # says whether it may help to ask again
-        early = max(0.0, self.deadline - monotonic())   # at a stop, or to make room
-        waited = round(self.patience - early, 1)
-        self.answer(error=kind(f"{self.trouble} {waited:g} seconds"))
-
-
-ALL_POTS = "all pots"       # what concerns no pot: no pot can have these names
-HEALTH = "health check"
+        waited = min(monotonic(), self.deadline) - self.began   # less at a stop, or to make room
+        self.answer(error=kind(f"{self.trouble} {waited:.3g} seconds"))
 
 
 class Pot:
@@ -1123,25 +1081,20 @@ class Pot:
 
     @property
     def alone(self):
-        """Whether it is served by itself, without the lead. Not the health check, whatever its
-        failures: it would wait behind pots in trouble."""
-        return self.name != HEALTH and (self.failures > 0 or self.floor is None)
+        """Whether it is served by itself, without the lead: it is in trouble, or was not looked at.
+        Not the health check, whatever its failures: it would wait behind pots in trouble."""
+        return self.name != HEALTH and (self.failures or self.floor is None)
 
 
 class Pots:
-    """The pots that have jobs, and those that were looked at.
-
-    A pot that has jobs is in `ready`, or in `alone`, or with one worker, which gives it back. So it
-    has one worker at most, which alone writes its floor, failures and moment.
-    """
-    MOST = 64           # pots that are served together
+    """The pots that have jobs, and those that were looked at. A pot that has jobs is in `waiting`,
+    or with one worker, which gives it back: that one alone writes its floor, failures, moment."""
 
     def __init__(self):
         self._lock = threading.Lock()   # guards all, and the pots' jobs; no other is taken under it
         self.known = {HEALTH: Pot(HEALTH, floor=0)}         # by name
-        self.ready = collections.deque()        # to be served at once, oldest first
-        self.alone = []         # to be served by themselves, each from its moment on
-        self._alone_next = False        # whose turn it is, where both have some
+        self.waiting = []       # to be served, oldest first
+        self._alone_next = False        # whose turn it is, where both kinds wait
 
     def add(self, job):
         name = job.question.pot
@@ -1149,77 +1102,64 @@ class Pots:
             pot = self.known.get(name)
             if not pot:
                 pot = self.known[name] = Pot(name)
+            if not pot.jobs:
+                self.waiting.append(pot)
             pot.jobs.append(job)
-            if len(pot.jobs) == 1:
-                self._queue(pot)
-
-    def _queue(self, pot):
-        (self.alone if pot.alone else self.ready).append(pot)
 
     def choose(self, room):
-        """{pot: its jobs} to serve next, to be given back. A due pot of `alone`, if there is room
-        for it, in turns with the oldest of `ready`, which others join where all jobs ask for IDs.
-        """
-        batch = {}
+        """{pot: jobs} to serve next, to be given back: a pot that is served alone, whose moment has
+        come, if there is room for it; in turns with such, all the others."""
         now = monotonic()
+        batch = {}
         with self._lock:
+            alone = {pot for pot in self.waiting if pot.alone}
+            chosen = [pot for pot in self.waiting if pot not in alone]
+            due = [pot for pot in alone if room and pot.moment <= now]
             self._alone_next = not self._alone_next
-            room = room and (self._alone_next or not self.ready)
-            due = [pot for pot in self.alone if room and pot.moment <= now]
-            # First tries go first; a failure costs a second of waiting at most.
-            for pot in sorted(due, key=lambda one: one.moment + one.failures):
-                self.alone.remove(pot)
-                if self._unanswered(pot):
-                    return {pot: list(pot.jobs)}
-            while self.ready and len(batch) < self.MOST:
-                jobs = self._unanswered(self.ready[0])
-                single = not all([job.count for job in jobs])
-                if single and batch:
-                    break
-                pot = self.ready.popleft()
+            if due and (self._alone_next or not chosen):
+                # First tries go first; a failure costs a second of waiting at most.
+                chosen = [min(due, key=lambda one: one.moment + one.failures)]
+            for pot in chosen[:MOST]:
+                self.waiting.remove(pot)
+                jobs = self._next_jobs(pot)
                 if jobs:
-                    batch[pot] = list(jobs)
-                if single:
-                    break
+                    batch[pot] = jobs
         return batch
 
-    def _unanswered(self, pot):
-        """Drops the pot's jobs that were answered, and returns the others; where there are none,
-        forgets it if there may be no such pot."""
+    def _next_jobs(self, pot):
+        """Those of the pot's jobs that are served together, with the same call; what asks for no
+        IDs goes first. Drops what was answered, and forgets a pot of which nothing is known."""
         pot.jobs = [job for job in pot.jobs if job.asker]
+        calls = [job.question.call for job in pot.jobs if not job.count]
+        if calls:
+            return [job for job in pot.jobs if job.question.call == calls[0]]
         if not pot.jobs and pot.floor is None:
             del self.known[pot.name]
-        return pot.jobs
+        return pot.jobs.copy()
 
     def give_back(self, batch):
         with self._lock:
-            for pot in batch:
-                if self._unanswered(pot):
-                    self._queue(pot)
+            self.waiting += [pot for pot in batch if self._next_jobs(pot)]
 
     def next_moment(self, room):
         """Seconds until something is to be served, as far as it is known; 0.2 at most."""
-        if self.ready:
-            return 0.0
-        moments = [pot.moment for pot in self.alone.copy() if room]
-        return max(0.0, min([0.2, *[moment - monotonic() for moment in moments]]))
+        now = monotonic()
+        with self._lock:
+            moments = [pot.moment for pot in self.waiting if room or not pot.alone]
+        return max(0.0, min([now + 0.2, *moments]) - now)
 
     def jobs(self):
-        """All that wait for an answer."""
         with self._lock:
             return [job for pot in self.known.values() for job in pot.jobs if job.asker]
 
 
 class Allocator:
     """The workers that serve the pots."""
-    SLOW = 0.2          # seconds of a call, after which its pots are served by themselves
-    HELD = 0.1          # seconds of a call, after which the next look frees the lead
 
     def __init__(self, stores, stuck=60.0):
         self.stores = stores
         self._stuck = stuck     # seconds after which a worker that is busy with one thing hangs
-        # Workers without the lead at once: one leads, one is free to take the lead from it.
-        self._most_away = max(1, len(stores) - 2)
+        self._most_away = max(1, len(stores) - 2)       # one leads, one is free to take the lead
         self._pots = Pots()
         self.add = self._pots.add       # by who has the lead
         self._lead = threading.Lock()   # who has it reads and chooses; it is kept during calls
@@ -1240,21 +1180,18 @@ class Allocator:
         for thread in self._threads:
             thread.start()
 
-    def stand_in(self):
-        """Has the main thread read, if no worker is free to lead."""
+    def look(self, now):
+        """By the main thread, now and then: frees the lead of who is in a call for too long, and
+        reads if no worker is free to lead; returns whether none is busy for very long."""
+        leader = self._leader
+        if self._busy.get(leader, now) < now - HELD:
+            self._leave(leader)
         if self._lead.acquire(False):
             try:
                 self._read(0)
             finally:
                 self._lead.release()
-
-    def look(self, now):
-        """Now and then, by the main thread: frees the lead of who is in a call for too long;
-        returns whether no worker has been busy with one thing for very long."""
-        leader = self._leader
-        if self._busy.get(leader, now) < now - self.HELD:
-            self._leave(leader)
-        return all(since > now - self._stuck for since in list(self._busy.values()))
+        return min([now, *self._busy.values()]) > now - self._stuck
 
     def stop(self):
         """Has the workers close their stores and end; waits a second at most."""
@@ -1263,51 +1200,50 @@ class Allocator:
         for thread in self._threads:
             thread.join(1 / len(self._threads))
 
-    # What questions have called, by a worker with its store.
-
-    def floor(self, pot):
-        """The highest number that was given or told of the pot, or 0."""
-        known = self._pots.known.get(pot)
-        return known and known.floor or 0
-
     def list_pots(self, store, _):
         rows = []
         for pot, value in store.pots():
-            rows.append((pot, value if value == "-" else max(value, self.floor(pot))))
+            known = self._pots.known.get(pot)
+            if known and value != "-":
+                value = max(value, known.floor or 0)
+            rows.append(f"{pot}\t{value}\n".encode())
             self._busy[store] = monotonic()     # for look(): it does not hang
-        return rows
+        return b"".join(rows)
 
     def check(self, store, _):
-        """Tries the pot that an ID was taken from last; if none was, the one asked for last."""
-        store.check(self._taken or self._asked)
+        """Tries the pot that an ID was taken from last; if none was, the one asked for last. A
+        probe is told soon: nothing is tried again."""
+        try:
+            store.check(self._taken or self._asked)
+        except Retry as error:
+            raise IdpotError(str(error), status=error.status, header=error.header)
+        troubles.end(store.subject)
+        return b"ok"
 
     def _work(self, store):
-        failures = 0            # to connect, in a row
-        moment = 0.0            # before which that is not tried again
+        moment = 0.0            # before which it does not try again to connect
         while not self._stopped:
-            self._lead.acquire()
-            self._leader = store
-            while self._leader is store and not self._stopped:
-                if not store.connected and self._another_is_free():
-                    self._leave(store)
-                    time.sleep(0.01)        # that one, which has a connection, is to lead
-                    break
-                room = len(self._busy) < self._most_away
-                pause = max(0.0, moment - monotonic())
-                timeout = min(pause, 0.2) or self._pots.next_moment(room)
-                # Until nothing more comes: fuller groups give 1.1 times the rate (wrk -c64).
-                while self._read(timeout):
-                    timeout = 0.0
-                batch = self._pots.choose(room) if monotonic() >= moment else {}
-                if batch:
-                    connected = self._serve(store, batch)
-                    failures = 0 if connected else min(failures + 1, 6)
-                    moment = 0.0 if connected else monotonic() + 0.01 * 2**failures
-            self._leave(store)
+            if self._leader is not store:
+                self._lead.acquire()
+                self._leader = store
+                continue        # it may have stopped
+            if not store.connection and any(
+                    one.connection and one not in self._busy for one in self.stores):
+                self._leave(store)
+                time.sleep(0.01)        # that one, which has a connection, is to lead
+                continue
+            room = len(self._busy) < self._most_away
+            pause = max(0.0, moment - monotonic())
+            timeout = pause or self._pots.next_moment(room)
+            while self._read(timeout):      # until no more comes: 1.1 times the rate (wrk -c64)
+                timeout = 0.0
+            if pause:
+                continue
+            batch = self._pots.choose(room)
+            if batch and not self._serve(store, batch):
+                moment = monotonic() + PAUSE
+        self._leave(store)
         store.close()
-
-    def _another_is_free(self):
-        return any([one.connected and one not in self._busy for one in self.stores])
 
     def _leave(self, store):
         """Leaves the lead to another worker, if this store's has it still."""
@@ -1323,11 +1259,17 @@ class Allocator:
             self._leave(store)
         try:
             store.connect()
-            self._serve_pots(store, batch)
+            takes = {pot: jobs for pot, jobs in batch.items() if jobs[0].count}
+            if takes:
+                self._try(store, takes)
+            for pot, jobs in batch.items():
+                if pot not in takes:
+                    self._try(store, {pot: jobs})
             return True
         except IdpotError as error:
-            troubles.begin(store.subject, error.detail)
-            self._postpone(error, self._pots.jobs())
+            if any([one.connection for one in self.stores]):     # they can serve
+                error = Retry(str(error), detail=error.detail)
+            self._settle(store.subject, self._pots.jobs(), error)
             return False
         finally:
             self._pots.give_back(batch)
@@ -1335,105 +1277,72 @@ class Allocator:
             if self._leader is not store:
                 self._wake()
 
-    def _postpone(self, error, jobs):
-        """Notes why the jobs are to be tried again; answers where that can help nobody."""
-        metrics.add("idpot_db_retries_total", len(jobs))
-        trouble = type(error)(f"{error}, tried for")
-        lasts = isinstance(error, Refused) and not any([one.connected for one in self.stores])
-        for job in jobs:
-            job.trouble = trouble
-            if lasts:
-                job.answer(error=error)
-
-    def _serve_pots(self, store, batch):
-        """Serves pots, several where all their jobs ask for IDs; notes which are in trouble."""
-        start = monotonic()
-        store.hasty = False
+    def _try(self, store, batch):
+        """Takes IDs from all pots of the batch, or calls what is asked of its only one."""
         pot, jobs = next(iter(batch.items()))       # mostly the only ones
         try:
-            calls = [job for job in jobs if not job.count]
-            if calls:       # first: they need not wait for takes that fail
-                self._serve_calls(store, pot, calls)
-                jobs = batch[pot] = [job for job in jobs if job.count]
-            if jobs:
-                self._asked = pot.name
-                # So a sound pot of a call that failed is soon served.
-                store.hasty = pot.failures == 1
-                if pot.floor is None:
-                    pot.floor = store.current(pot.name)     # raises Broken if it could repeat IDs
+            if jobs[0].count:
                 self._take(store, batch)
+            else:
+                self._call(store, pot, jobs)
         except IdpotError as error:
             for one in batch:       # each is tried by itself now
                 one.failures = min(one.failures + 1, 7)
-            if len(batch) == 1:
-                self._fail(store, pot, jobs, error)
-        else:
-            slow = monotonic() > start + self.SLOW and len(self.stores) > 1
-            for one in batch:
-                one.failures = int(slow)
+            if len(batch) > 1:
+                return
+            if isinstance(error, Exhausted) and len(jobs) > 1:
+                for job in jobs:    # they do not all fit
+                    self._try(store, {pot: [job]})
+                return
+            subject = store.subject
+            if isinstance(error, (Retry, Broken)) and store.connection:
+                subject = f"pot {pot.name}"
+            if isinstance(error, Retry):
+                pot.moment = monotonic() + min(1.0, 0.01 * 2**pot.failures)
+            self._settle(subject, jobs, error)
 
-    def _fail(self, store, pot, jobs, error):
-        """After a failed call for one pot: has its jobs tried later, or one by one, or refused."""
-        if isinstance(error, Retry):
-            pot.moment = monotonic() + min(1.0, 0.01 * 2**pot.failures)
-            self._postpone(error, jobs)
-            subject = f"pot {pot.name}" if store.connected else store.subject
-            troubles.begin(subject, f"{subject}: {error.detail}")
-        elif isinstance(error, Exhausted) and len(jobs) > 1:
-            too_many = MAX_RANGE + 1    # a job of this count, or a greater one, is not tried
-            for job in jobs:        # that do not all fit
-                try:
-                    if job.count < too_many:
-                        self._take(store, {pot: [job]})
-                        continue
-                except IdpotError as own:
-                    error = own
-                    too_many = job.count
-                self._fail(store, pot, [job], error)
-        else:
-            self._refuse(store, pot, jobs, error)
-
-    def _serve_calls(self, store, pot, jobs):
-        """Has each call run once, for all jobs with that."""
-        for call in dict.fromkeys([job.question.call for job in jobs]):
-            group = [job for job in jobs if job.question.call == call and job.asker]
-            if not group:       # nobody waits for it any more
-                continue
-            try:
-                value = call(self, store, pot.name)
-                if pot.name == HEALTH:
-                    troubles.end(store.subject)
-                if type(value) is int:      # the client sees it: later IDs must be above
-                    pot.floor = max(value, pot.floor or 0)
-                for job in group:
-                    job.answer(value)
-            except IdpotError as error:
-                if isinstance(error, Retry) and pot.name != HEALTH:     # a probe is told soon
-                    raise
-                self._refuse(store, pot, group, error)
-
-    def _refuse(self, store, pot, jobs, error):
-        """Answers jobs with an error that trying again does not mend."""
-        if isinstance(error, Unavailable) and not isinstance(error, Retry):
-            subject = f"pot {pot.name}" if isinstance(error, Broken) else store.subject
+    def _settle(self, subject, jobs, error):
+        """Answers jobs with the error, unless it may help to try again."""
+        if isinstance(error, Unavailable):
             troubles.begin(subject, error.detail)
+        if not isinstance(error, Retry):
+            for job in jobs:
+                job.answer(error=error)
+            return
+        metrics.add("idpot_db_retries_total", len(jobs))
+        trouble = Retry(f"{error}, tried for")
         for job in jobs:
-            job.answer(error=error)
+            job.trouble = trouble
+
+    def _call(self, store, pot, jobs):
+        """Calls what the jobs ask for, once for all of them."""
+        value = jobs[0].question.call(self, store, pot.name)
+        if type(value) is int:      # no answer shows less than was given; later IDs are above
+            value = pot.floor = max(value, pot.floor or 0)
+        for job in jobs:
+            job.answer(value)
 
     def _take(self, store, batch):
         """Takes IDs from all pots of the batch in one call, and hands them to their jobs."""
+        first = next(iter(batch))
+        self._asked = first.name
+        if first.floor is None:
+            first.floor = store.current(first.name)     # raises Broken if it could repeat IDs
         wants = [(pot.name, sum([job.count for job in jobs]), pot.floor)
                  for pot, jobs in batch.items()]
-        lasts = store.take(wants)
-        self._taken = wants[-1][0]
+        start = monotonic()
+        lasts = store.take(wants, first.failures == 1)
+        slow = monotonic() > start + SLOW and len(self.stores) > 1
+        self._taken = first.name
         metrics.add("idpot_db_statements_total", len(wants))
-        metrics.add("idpot_ids_issued_total", sum([count for _, count, _ in wants]))
+        metrics.add("idpot_ids_issued_total", sum([want[1] for want in wants]))
         troubles.end(store.subject)
-        for (pot, jobs), (_, count, _), last in zip(batch.items(), wants, lasts):
+        for pot, want, last in zip(batch, wants, lasts):
             pot.floor = last
+            pot.failures = int(slow)
             troubles.end(f"pot {pot.name}")
-            given = last - count
-            for job in jobs:
+            given = last - want[1]
+            for job in batch[pot]:
                 given += job.count
                 job.answer(given)
 
@@ -1448,14 +1357,14 @@ def notify(state):
     """Tells systemd a state such as READY=1, as sd_notify(3) does, if it listens."""
     path = os.environ.get("NOTIFY_SOCKET")
     if path:
-        address = "\0" + path[1:] if path[0] == "@" else path
+        address = re.sub("^@", "\0", path)      # an abstract one
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.sendto(state.encode(), socket.MSG_DONTWAIT, address)     # if somebody reads it
 
 
-def listen(host, port, written):
-    """The socket that start_server or systemd left open (sd_listen_fds(3)), or one on the address;
-    written: whether somebody chose that. Raises IdpotError."""
+def listen(host, port):
+    """The socket that start_server or systemd left open (sd_listen_fds(3)), or one on the address.
+    Raises IdpotError."""
     try:
         entries = os.environ.get("SERVER_STARTER_PORT", "").split(";")      # host:port=fd, path=fd
         descriptors = [int(entry.rpartition("=")[2]) for entry in entries if entry]
@@ -1468,14 +1377,13 @@ def listen(host, port, written):
             listener = socket.socket(fileno=descriptors[0])
             if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 raise IdpotError("the socket that was handed over does not listen")
-            if written:
+            if (host, port) != LISTEN:
                 log.warning("Listen, %s:%d, is not used: a socket was handed over", host, port)
         else:
             both = not host and socket.has_dualstack_ipv6()     # IPv6 and IPv4
-            family, _, _, _, address = socket.getaddrinfo(
-                host or ("::" if both else "0.0.0.0"), port, type=socket.SOCK_STREAM)[0]
+            family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
             listener = socket.create_server(
-                address, family=family, backlog=BACKLOG, dualstack_ipv6=both)
+                (host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both)
         listener.setblocking(False)     # another process may take a connection before this one
         return listener
     except (OSError, ValueError, OverflowError) as error:
@@ -1512,9 +1420,9 @@ def parse_target(target):
     """(path, query, route, pot) of a target (RFC 9112, 3.2); the route is the path's template. In a
     path nothing is decoded: no pot's name needs a %, and a proxy's rule may have looked at it."""
     origin, absolute = ABSOLUTE.subn(b"", target)
-    if absolute and origin[:1] != b"/":
+    if absolute and not origin.startswith(b"/"):
         origin = b"/" + origin
-    if origin[:1] != b"/" or b"#" in origin:
+    if not origin.startswith(b"/") or b"#" in origin:
         raise BadRequest(f"{shown(target)} is not a request target")
     path, _, query = origin.decode().partition("?")
     parent, _, pot = path.rpartition("/")
@@ -1664,9 +1572,8 @@ def find_chunks(data, begin):
 
 PROBE = 1.7             # seconds for /healthz: with the 0.2 between looks it is answered within 2
 METRICS_TEXT = Question("")     # is answered by the server itself
-HEALTH_CHECK = Question(HEALTH, call=Allocator.check, render=lambda _: b"ok", patience=PROBE)
-LIST_OF_POTS = Question(ALL_POTS, call=Allocator.list_pots, render=lambda rows: "".join(
-    [f"{pot}\t{value}\n" for pot, value in rows]).encode())
+HEALTH_CHECK = Question(HEALTH, call=Allocator.check, render=bytes, patience=PROBE)
+LIST_OF_POTS = Question(ALL_POTS, call=Allocator.list_pots, render=bytes)
 FORM_FIELDS = {     # route -> what a POST there may have
     "/id/{pot}": ("count", "range"),
     "/pot/create": ("name", "min"),
@@ -1674,22 +1581,21 @@ FORM_FIELDS = {     # route -> what a POST there may have
 }
 
 
-def ids_wanted(pot, count=None, span=None):
-    if count is not None and span is not None:
+def take_ids(head, fields):
+    if len(fields) > 1:
         raise BadRequest("count and range exclude each other")
-    if span is not None:
-        size = whole_number(span, 1, MAX_RANGE, "range")
-        return Question(pot, size, render=lambda last: b"%d\t%d\n" % (last - size + 1, last))
-    if count is not None:
-        size = whole_number(count, 1, MAX_COUNT, "count")
-        return Question(pot, size, render=lambda last: b"".join(
+    if "range" in fields:
+        size = whole_number(fields["range"], 1, MAX_RANGE, "range")
+        return Question(head.pot, size, render=lambda last: b"%d\t%d\n" % (last - size + 1, last))
+    if "count" in fields:
+        size = whole_number(fields["count"], 1, MAX_COUNT, "count")
+        return Question(head.pot, size, render=lambda last: b"".join(
             [b"%d\n" % one for one in range(last - size + 1, last + 1)]))
-    return Question(pot, 1)
+    return Question(head.pot, 1)
 
 
-def last_id(allocator, store, pot):
-    """No GET shows less than this server has given."""
-    return max(store.current(pot), allocator.floor(pot))
+def last_id(_, store, pot):
+    return store.current(pot)
 
 
 def name_and_min(fields, default):
@@ -1701,23 +1607,20 @@ def name_and_min(fields, default):
 
 def create_pot(_, fields):
     pot, low = name_and_min(fields, "0")
-    return Question(pot, call=lambda allocator, store, pot: store.create(pot, low),
+    return Question(pot, call=lambda _, store, pot: store.create(pot, low),
                     render=lambda _: b"Created new pot", status=201)
 
 
 def raise_pot(_, fields):
     pot, low = name_and_min(fields, "")
-    return Question(pot, call=lambda allocator, store, pot: store.raise_to(
-        pot, max(low, allocator.floor(pot))))
+    return Question(pot, call=lambda _, store, pot: store.raise_to(pot, low))
 
 
 # Route -> method -> what does it; HEAD is GET. Pots may have the names create and raise.
 IS_THERE = {"GET": lambda head, _: Question(
     head.pot, call=last_id, render=lambda _: b"", status=204)}
 ACTIONS = {
-    "/id/{pot}": {
-        "GET": lambda head, _: Question(head.pot, call=last_id),
-        "POST": lambda head, form: ids_wanted(head.pot, form.get("count"), form.get("range"))},
+    "/id/{pot}": {"GET": lambda head, _: Question(head.pot, call=last_id), "POST": take_ids},
     "/pot/{pot}": IS_THERE,
     "/pot/create": {**IS_THERE, "POST": create_pot},
     "/pot/raise": {**IS_THERE, "POST": raise_pot},
@@ -1741,70 +1644,61 @@ def check_access(head, settings):
         raise Unauthorized(need)
 
 
-def parse_form(text):
-    """The fields of a form (URL Standard, 5.1) as pairs."""
-    try:
-        return parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=100)
-    except ValueError:
-        raise BadRequest("the form is not UTF-8, or has too many fields")
-
-
 def form_fields(head, body):
-    """The fields of the query and of the form, each at most once, and none that is unknown."""
+    """The fields of query and form (URL Standard, 5.1), each known and given once."""
     text = head.query
     if body and head.method == "POST":      # else a body means nothing
         if head.form != FORM:
             raise IdpotError(f"the body is {shown(head.form)}, not {FORM.decode()}", status=415)
         text += "&" + body.decode("latin-1")
-    pairs = parse_form(text)
+    try:
+        pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=100)
+    except ValueError:
+        raise BadRequest("the form is not UTF-8, or has too many fields")
     known = FORM_FIELDS.get(head.route, ())
-    here = f"here are {', '.join(known)}" if known else "there are none here"
     fields = {}
     for name, value in pairs:
         if name not in known:
+            here = f"here are {', '.join(known)}" if known else "there are none here"
             raise BadRequest(f"unknown field {shown(name)}: {here}")
         if head.method != "POST":
-            raise BadRequest(f"field {shown(name)} is for POST")
+            raise BadRequest(f'field "{name}" is for POST')
         if name in fields:
-            raise BadRequest(f"{shown(name)} is given twice")
+            raise BadRequest(f'"{name}" is given twice')
         fields[name] = value
     return fields
 
 
 def ask(head, body, settings):
     """The Question of a request, or raises the error to be answered."""
+    if body in head.takes:      # a client that takes IDs repeats itself to the byte
+        return head.takes[body]
     if settings.admintoken or head.origin:
         check_access(head, settings)
     actions = ACTIONS.get(head.route)
     if not actions:
         raise NotFound(f"there is nothing at {shown(head.path)}")
-    action = actions.get("GET" if head.method == "HEAD" else head.method)
+    method = head.method
+    if method == "HEAD":
+        method = "GET"
+    action = actions.get(method)
     if not action:
         allowed = ", ".join(["GET", "HEAD", *list(actions)[1:]])
-        raise IdpotError(f"{head.method[:20]} is not allowed here, but {allowed}", status=405,
+        raise IdpotError(f"{head.method} is not allowed here, but {allowed}", status=405,
                          header=f"Allow: {allowed}\r\n")
-    return action(head, form_fields(head, body) if body or head.query else {})
-
-
-def ask_cached(head, body, settings):
-    """As ask(); a client that takes IDs repeats its head and body to the byte."""
-    question = head.takes.get(body)
-    if not question:
-        question = ask(head, body, settings)
-        if question.count and len(body) <= SHORT_FORM and len(head.takes) < 16:
-            head.takes[body] = question
+    question = action(head, form_fields(head, body) if body or head.query else {})
+    if question.count and len(body) <= SHORT_FORM and len(head.takes) < 16:
+        head.takes[body] = question
     return question
 
 
 # ------------------------------------------------------------------------------------- connections
-# Threads: the main one accepts (serve_forever) and every 0.2 s looks at all connections
-# (service_actions); the allocator's workers, of which one leads; one for each log. What is not here
-# is socketserver's, whose loop calls get_request(), process_request() and service_actions().
+# Threads: the main one accepts, and looks at all connections every 0.2 s (socketserver's loop calls
+# get_request(), process_request(), service_actions()); workers, of which one leads; the logs' own.
 #
 # All connections are in one epoll, armed with EPOLLONESHOT: whom it tells of a connection has it,
-# alone, until it is armed again. That is all the locking there is. Who reads the epoll has the
-# lead: the leading worker, or the main thread where there is none. (A lead that is freed a moment
-# too late may leave two readers: each connection still goes to one of them.)
+# alone, until it is armed again. That is all the locking there is. Who has the lead reads it. (A
+# lead that is freed a moment too late may leave two readers: a connection goes to one of them.)
 #
 # The life of a request: the leader receives what came, into the connection's buffer, and as soon as
 # that holds a whole request asks the allocator: the connection is with a Job then. Who answers the
@@ -1813,14 +1707,12 @@ def ask_cached(head, body, settings):
 # take at once stays with the connection, armed for writing.
 #
 # Who has a connection writes its `state`, a tuple (name, since, more); the main thread reads it:
-#
 #   IDLE      until the client sends its next request
 #   READING   a request arrives, since then
 #   ASKING    the Job, more, is with the allocator; since is when the request began
 #   SENDING   the client has not taken all of its answer: more is (the rest, whether to keep it)
 #   CLOSING   the last answer was sent; what the client still sends is read for a moment: to close
 #             with unread input could destroy the answer on its way (RFC 9112, 9.6)
-#
 # The main thread ends what takes too long. A job gets its 503. A client that is to send is shut for
 # reading (what has come is still read); one that is to read, both ways. Of that the epoll tells,
 # and who has the connection then closes it.
@@ -1862,12 +1754,11 @@ class Connection:
         self.state = (IDLE, monotonic(), None)
         self.buffer = b""       # what was received, and is no part of a request that was read
         self.enough = 0         # bytes of it that may be a whole request; 0: no head was found
-        self.head = None        # of the request that is read or answered
-
-    # By who has the lead, whom the epoll tells of the connection.
+        self.head = MALFORMED   # of the request that is read or answered
 
     def go_on(self, events):
-        """The client has sent, or takes more of an answer, or has gone."""
+        """By who has the lead, whom the epoll tells of the connection: the client has sent, or
+        takes more of an answer, or has gone."""
         name, since, more = self.state
         try:
             if name == SENDING:
@@ -1885,8 +1776,11 @@ class Connection:
                     self.read_request()
                 elif name == CLOSING or not self.buffer:
                     self.close()
-                else:
-                    self.answer_cut_off()
+                else:       # the client ended its sending within a request, or shut() did that
+                    error = BadRequest("the request is cut off")
+                    if self.server.stopping or monotonic() > since + self.server.limits[READING]:
+                        error = IdpotError("the request did not arrive in time", status=408)
+                    self.answer_error(error, keep=False)
         except BlockingIOError:     # it was told for nothing
             self.arm(READ)
         except OSError:             # the client has gone
@@ -1897,7 +1791,7 @@ class Connection:
         name, since, _ = self.state
         began = since if name == READING else monotonic()
         self.state = (READING, began, None)
-        self.head = None
+        self.head = MALFORMED
         keep = False        # until all is read, where the next request begins is unknown
         try:
             body = self.find_request()
@@ -1905,57 +1799,47 @@ class Connection:
                 self.arm(READ)
                 return
             keep = self.head.keep
-            question = ask_cached(self.head, body, self.server.settings)
+            question = ask(self.head, body, self.server.settings)
             if question is METRICS_TEXT:
                 self.answer(200, self.server.metrics_text(), keep, media=PROMETHEUS)
                 return
-            patience = question.patience or self.server.settings.timeout
-            job = Job(question, self.answer_job, patience)
+            job = Job(question, self.answer_job, question.patience or self.server.settings.timeout)
             self.state = (ASKING, began, job)
             self.server.allocator.add(job)
+        except IdpotError as error:
+            self.answer_error(error, keep)
         except OSError:
             raise
-        except Exception as error:
-            if not isinstance(error, IdpotError):
-                log.exception("request from %s", self.host)
-                error = IdpotError("internal error")
-                keep = False
-            self.answer_error(error, keep)
+        except Exception:
+            log.exception("request from %s", self.host)
+            self.answer_error(IdpotError("internal error"), keep=False)
 
     def find_request(self):
         """Returns the body of the request, and leaves its head; None where not all has come."""
-        if self.buffer[:2] == b"\r\n":      # empty lines before it (RFC 9112, 2.2)
+        if self.buffer.startswith(b"\r\n"):     # empty lines before it (RFC 9112, 2.2)
             self.buffer = EMPTY_LINES.sub(b"", self.buffer, 1)
         data = self.buffer
         if len(data) < self.enough:
             return None
         head, begin = find_head(data)
-        self.head = head
         if not head:
             return None
+        self.head = head
         if head.length is None:
             body, end = find_chunks(data, begin)
         else:
             end = begin + head.length
             body = data[begin:end] if len(data) >= end else None
         if body is None:
-            first, self.enough = not self.enough, end
-            if head.expect and first:
+            if head.expect and not self.enough:
                 with suppress(BlockingIOError):     # it need not wait for it (RFC 9110, 10.1.1)
                     if self.request.send(CONTINUE) < len(CONTINUE):
                         raise ConnectionError("half of it was sent")
+            self.enough = end
             return None
         self.buffer = data[end:]
         self.enough = 0
         return body
-
-    def answer_cut_off(self):
-        """The client ended its sending within a request, or the main thread did that."""
-        _, began, _ = self.state
-        error = BadRequest("the request is cut off")
-        if monotonic() > began + self.server.limits[READING] or self.server.stopping:
-            error = IdpotError("the request did not arrive in time", status=408)
-        self.answer_error(error, keep=False)
 
     def answer_job(self, value, error):
         """The Job's asker: who has taken it from the job has the connection now."""
@@ -1966,7 +1850,6 @@ class Connection:
             self.answer(question.status, question.render(value), self.head.keep)
 
     def answer_error(self, error, keep):
-        self.head = self.head or MALFORMED
         self.answer(error.status, f"{error}\n".encode(), keep, header=error.header)
 
     def answer(self, status, body, keep, header="", media=PLAIN):
@@ -2011,10 +1894,9 @@ class Connection:
         del self.server.connections[self.descriptor]    # before another one has its descriptor
         self.request.close()
 
-    # By the main thread, which has it only where expire() answers the job.
-
     def shut(self):
-        """Ends whatever it waits for: its answer, which is a 503 then, or the client."""
+        """By the main thread, which does not have it, unless expire() answers the job: ends what
+        it waits for, its answer, which is a 503 then, or the client."""
         name, _, more = self.state
         if name == ASKING:
             more.expire()
@@ -2023,16 +1905,11 @@ class Connection:
             self.request.shutdown(socket.SHUT_RDWR if writes else socket.SHUT_RD)
 
     def look(self, now):
-        """Ends what takes too long: a wait for the database, for a client to read, or to send."""
+        """By the main thread: ends a wait for the database or the client that takes too long."""
         name, since, more = self.state
-        if name == ASKING:
-            if now > min(more.deadline, self.server.end):
-                more.expire()
-            return
-        deadline = since + self.server.limits[name]
-        if self.server.stopping and name != SENDING:
-            deadline = min(deadline, max(since, self.server.stopping) + HURRIED)
-        if now > deadline:
+        if name == ASKING and now > more.deadline:
+            more.expire()
+        elif now > max(since, self.server.stopping) + self.server.limits[name]:
             self.shut()
 
 
@@ -2043,10 +1920,8 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(None, Connection, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
-        if listener.family != socket.AF_UNIX:       # connections inherit both
+        if listener.family != socket.AF_UNIX:       # connections inherit it
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            patience = int(1000 * settings.idletimeout)
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
         self.settings = settings
         self.allocator = allocator
         # The answers that were sent, each as (host, head, status, bytes sent, seconds), until they
@@ -2055,20 +1930,17 @@ class Server(http.server.ThreadingHTTPServer):
         self._counting = threading.Lock()       # who has it takes them
         self.connections = {}       # descriptor -> Connection
         self.epoll = select.epoll()
-        self.bell = os.eventfd(0, os.EFD_CLOEXEC)       # has read() return
-        self.epoll.register(self.bell, select.EPOLLIN | select.EPOLLET)
+        bell = os.eventfd(0, os.EFD_CLOEXEC)
+        self.epoll.register(bell, select.EPOLLIN | select.EPOLLET)
+        self.wake = functools.partial(os.eventfd_write, bell, 1)        # has read() return
         self.stopping = 0.0         # when the stop began, 0.0 before
-        self.end = math.inf         # when all must be answered, after that
-        self.limits = {     # seconds in a state, but for ASKING
-            IDLE: settings.idletimeout,
-            READING: settings.requesttimeout,
-            SENDING: settings.idletimeout,
-            CLOSING: LINGER,
-        }
-        # Each store needs a descriptor; so do the logs, /proc and a newcomer.
+        self.limits = {             # seconds in a state, or of that from the stop on
+            IDLE: settings.idletimeout, READING: settings.requesttimeout, ASKING: math.inf,
+            SENDING: settings.idletimeout, CLOSING: LINGER}
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._most = max(1, min(settings.maxconnections, files - len(allocator.stores) - 16))
-        self._looked = monotonic()
+        others = len(allocator.stores) + 16     # for the database, the logs, /proc, a newcomer
+        self._most = max(1, min(settings.maxconnections, files - others))
+        self._looked = 0.0
 
     def read(self, timeout):
         """Goes on with the connections of which the epoll tells, by who has the lead; returns
@@ -2078,7 +1950,7 @@ class Server(http.server.ThreadingHTTPServer):
             connection = self.connections.get(descriptor)
             if connection:      # else it is the bell
                 connection.go_on(events)
-                asked = asked or connection.state[0] == ASKING
+                asked |= connection.state[0] == ASKING
         if len(self.answers) > 500:
             self.count_answers()
         return asked
@@ -2093,18 +1965,15 @@ class Server(http.server.ThreadingHTTPServer):
                 [f'{host} - - [{moment}] "{head.line}" {status} {size or "-"} {head.tail}'
                  for host, head, status, size, _ in answers]))
 
-    def wake(self):
-        os.eventfd_write(self.bell, 1)
-
     def stop(self):
         """Accepts what waits in the backlog, then no more; returns when all connections are closed,
         or after Timeout. Each answer from now on closes its connection."""
         self.stopping = monotonic()
-        self.end = self.stopping + 0.75 * self.settings.timeout     # answers need a moment, too
+        self.limits.update({IDLE: HURRIED, READING: HURRIED, CLOSING: HURRIED})
+        self.limits[ASKING] = 0.75 * self.settings.timeout      # the answers need a moment, too
         self.timeout = 0
         for _ in range(BACKLOG):        # there may be no end
-            if monotonic() < self.stopping + HURRIED:
-                self.handle_request()
+            self.handle_request()
         self.server_close()
         while self.connections and monotonic() < self.stopping + self.settings.timeout:
             time.sleep(0.02)
@@ -2112,8 +1981,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def service_actions(self):
         """Every LOOK seconds: deadlines, watchdog, signals; raises KeyboardInterrupt to stop."""
-        self.allocator.stand_in()
         now = monotonic()
+        well = self.allocator.look(now)
         if now < self._looked + LOOK:
             return
         self._looked = now
@@ -2121,7 +1990,6 @@ class Server(http.server.ThreadingHTTPServer):
         for connection in list(self.connections.values()):
             connection.look(now)
         self.count_answers()
-        well = self.allocator.look(now)
         if well and "WATCHDOG_USEC" in os.environ:
             notify("WATCHDOG=1")        # that this thread hangs shows of itself
         if signal.sigtimedwait(STOPS, 0):
@@ -2136,22 +2004,21 @@ class Server(http.server.ThreadingHTTPServer):
         gauges = {
             "idpot_connections": len(states),
             "idpot_http_requests_in_flight": len(states) - silent,
-            "idpot_db_connections": sum(store.connected for store in self.allocator.stores),
+            "idpot_db_connections": sum(bool(one.connection) for one in self.allocator.stores),
         }
         self.count_answers()
         return metrics.text(gauges).encode()
 
     def get_request(self):
-        """Accepts a connection; at a limit it makes room for the next try, and raises OSError."""
+        """Accepts a connection; at a limit it makes room for the next try, and raises OSError: the
+        connection that has waited longest goes, and gets its 503 if it waits for an answer."""
         try:
             if len(self.connections) >= self._most:
-                raise OSError("all connections are in use")
+                raise OSError       # all connections are in use
             return super().get_request()
         except BlockingIOError:         # another process has taken it
             raise
         except OSError:
-            # The connection that has waited longest makes room, whatever it waits for: one whose
-            # answer is awaited gets its 503. The leader closes it meanwhile.
             longest = min(self.connections.copy().values(), key=lambda one: one.state[1],
                           default=None)
             if longest and longest.state[1] < monotonic() - 0.1:
@@ -2160,7 +2027,6 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def process_request(self, request, client_address):
-        """Gives the connection to the epoll."""
         connection = Connection(request, client_address, self)
         self.connections[connection.descriptor] = connection
         try:
@@ -2296,7 +2162,7 @@ def serve(settings, stores):
         description = stores[0].start()
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         allocator = Allocator(stores, 10 * settings.timeout + 10)   # it may wait at each address
-        listener = listen(*settings.listen, settings.listens)
+        listener = listen(*settings.listen)
         server = Server(settings, listener, allocator)
         threading.excepthook = end_process
         allocator.start(server.read, server.wake)
@@ -2314,7 +2180,7 @@ def serve(settings, stores):
         log.info("a line for each request follows; LogFile = /dev/null in the settings ends that")
     notify(f"READY=1\nSTATUS={description}")
     with suppress(KeyboardInterrupt):
-        server.serve_forever(LOOK / 4)      # for stand_in()
+        server.serve_forever(LOOK / 4)      # for Allocator.look()
     notify("STOPPING=1")
     with suppress(KeyboardInterrupt):        # the second signal: it stops at once
         server.stop()
@@ -2327,7 +2193,6 @@ def run(arguments):
     settings = load_settings(arguments.config)
     if arguments.listen:
         settings.listen = arguments.listen
-        settings.listens = True
     stores = (MysqlStore if settings.mysql else SqliteStore).all(settings)
     if arguments.check:
         print(f"idpot: the settings are valid, {stores[0].probe()}")
@@ -2335,14 +2200,11 @@ def run(arguments):
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):      # a service manager may forbid it
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))    # the soft one is for select(2)
-    # In all threads: service_actions() asks for them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, [*STOPS, signal.SIGHUP])
-    logging.raiseExceptions = False     # where stderr is closed nobody wants to know
+    signal.pthread_sigmask(signal.SIG_BLOCK, [*STOPS, signal.SIGHUP])   # service_actions() asks
     stderr = logging.StreamHandler()
     stderr.setFormatter(StderrFormatter(
         "%(asctime)s idpot[%(process)d] %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     start_log(log, stderr)
-    access.setLevel(logging.INFO)
     if settings.logfile:
         try:
             start_log(access, StrftimeFileHandler(settings.logfile, settings.loglinkname))
