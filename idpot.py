@@ -2064,7 +2064,7 @@ class Client(AbstractContextManager):
         try:
             self._ask(201, "Created new pot", "POST", "/pot/create", name=pot, min=min)
         except Exhausted as error:
-            raise Exists(str(error)) from None
+            raise Exists(str(error))
 
     def exists(self, pot):
         try:
@@ -2079,15 +2079,15 @@ class Client(AbstractContextManager):
 
     def next(self, pot):
         """Returns a new ID."""
-        return self._take(pot, 1, lambda ids: str(ids[0]))[0]
+        return self._take(pot, 1)[0]
 
     def next_many(self, pot, count):
         """Returns a range of count (1..10000) new IDs."""
-        return self._take(pot, count, lambda ids: "".join([f"{one}\n" for one in ids]), count=count)
+        return self._take(pot, count, count=count)
 
     def next_range(self, pot, count):
         """Returns a range of count (1..2**32) new IDs."""
-        return self._take(pot, count, lambda ids: f"{ids[0]}\t{ids[-1]}\n", range=count)
+        return self._take(pot, count, range=count)
 
     def raise_to(self, pot, min):
         """Raises the counter to min unless it is higher; returns the counter."""
@@ -2096,18 +2096,21 @@ class Client(AbstractContextManager):
             raise IdpotError(f"{text} is below {min}, to which the pot was to be raised")
         return int(text)
 
-    def _take(self, pot, wanted, render, **fields):
-        """A range of the wanted IDs, which render() writes as the server does."""
+    def _take(self, pot, wanted, **fields):
+        """A range of the wanted IDs; the answer has all of them, or the first and the last."""
         path = f"/id/{quote(pot, safe='')}"
-        text = self._ask(200, r"[0-9]{1,20}(\s[0-9\s]*)?", "POST", path, **fields)
-        first = int(text.split()[0])
-        new = range(first, first + wanted)
-        if not 0 < first <= MAX_ID - wanted + 1 or text != render(new):
+        text = self._ask(200, r"[0-9]{1,20}(\s[0-9]{1,20})*\s?", "POST", path, **fields)
+        told = [int(one) for one in text.split()]
+        first = told[0]
+        last = first + wanted - 1
+        new = range(first, last + 1)
+        expected = [*new] if len(told) == wanted else [first, last]
+        if first == 0 or last > MAX_ID or told != expected:
             raise IdpotError(f"{shown(text)} are not the {wanted} IDs that were asked for")
         highest = self._highest.get(pot, 0)
         if first <= highest:
-            raise WentBack(f"pot {shown(pot)} gave {first} after {highest}")
-        self._highest[pot] = new[-1]
+            raise WentBack(f'pot "{pot}" gave {first} after {highest}')
+        self._highest[pot] = last
         return new
 
     def _ask(self, wanted, pattern, method, path, **fields):
@@ -2119,12 +2122,12 @@ class Client(AbstractContextManager):
                 with self._connection.getresponse() as answer:
                     text = answer.read().decode("utf-8", "replace")
                 break
-            except (OSError, ValueError, http.client.HTTPException) as error:
+            except OSError as error:
                 self.close()        # a late answer would be taken for that of the next request
-                if isinstance(error, ConnectionError) and not last:
-                    continue
-                if isinstance(error, OSError):
+                if last or not isinstance(error, ConnectionError):
                     raise
+            except (ValueError, http.client.HTTPException) as error:
+                self.close()
                 raise IdpotError(f"this is no answer of idpot: {error!r}") from error
         if answer.status in self.ERRORS and re.fullmatch("[^\n]+\n", text):
             raise self.ERRORS[answer.status](text.strip())
