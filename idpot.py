@@ -260,7 +260,7 @@ def load_settings(path=None):
     """The settings of the file, or the defaults; `dsn`; `mysql`, whether the pots are there. An
     empty value means the default, but not of a token: without one the server is open."""
     reader, places = read_settings(os.devnull if path is None else path)
-    folder = os.environ.get("CREDENTIALS_DIRECTORY") or "\0"    # systemd's copy of /etc/idpot.cfg
+    folder = os.environ.get("CREDENTIALS_DIRECTORY") or "\0"    # systemd's copy; \0 is in no path
     path = (path or "").replace(folder, "/etc")
     values = {name: row[0] for rows in SETTINGS.values() for name, row in rows.items()}
     settings = types.SimpleNamespace(**values, mysql="Mysql" in reader)
@@ -306,7 +306,7 @@ def load_settings(path=None):
 METRICS = {     # name, with which no other begins -> (type, help)
     "idpot_http_requests_total": ("counter", "Requests answered."),
     "idpot_http_request_duration_seconds": ("histogram", "From a request's arrival to its answer."),
-    "idpot_http_requests_in_flight": ("gauge", "Requests that wait for their answer."),
+    "idpot_http_requests_in_flight": ("gauge", "Requests that are read, served or answered now."),
     "idpot_connections": ("gauge", "Open HTTP connections."),
     "idpot_ids_issued_total": ("counter", "IDs taken from pots."),
     "idpot_db_statements_total": ("counter", "Statements that took IDs, for all who waited."),
@@ -337,7 +337,7 @@ class Metrics:
         self._lock = threading.Lock()       # guards the counters; no other is taken under it
         self._counters = collections.Counter(dict.fromkeys(COUNTED, 0))     # by series
         self._start = time.time()
-        self.add_answers([])
+        self.add_answers([])        # the histogram begins with zeros
 
     def add(self, series, amount=1):
         with self._lock:
@@ -413,8 +413,8 @@ troubles = Troubles()
 
 
 class StrftimeFileHandler(logging.Handler):
-    """Appends to the file that a strftime pattern names now, with a symlink to the newest. It is
-    opened for each record, which is many lines: one that was moved away is made anew."""
+    """Appends to the file that a strftime pattern names now, with a symlink to the newest. The file
+    is opened for each record, which is many lines: one that was moved away is made anew."""
 
     def __init__(self, pattern, link):
         super().__init__()
@@ -428,7 +428,7 @@ class StrftimeFileHandler(logging.Handler):
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
         try:
             descriptor = os.open(path, flags, 0o640)
-            os.set_blocking(descriptor, True)       # one that is read slowly loses nothing
+            os.set_blocking(descriptor, True)       # a FIFO that is read slowly loses nothing
             with open(descriptor, "a", encoding="ascii", errors="backslashreplace") as file:
                 file.write(text)
         except OSError:
@@ -481,8 +481,8 @@ class StderrFormatter(logging.Formatter):
 
 
 class LogQueueHandler(logging.handlers.QueueHandler):
-    """Hands records to the log's thread. A record is lost, and counted, where too much waits: 16
-    MB, if each record were as long as this one, or 16 KB."""
+    """Hands records to the log's thread. A record is lost, and counted, if more than 16 MB would
+    wait, where each one counts as much as this one, 16 KB at least."""
 
     def enqueue(self, record):
         if self.queue.qsize() * max(len(record.msg), 16384) < 16 << 20:
@@ -522,8 +522,8 @@ class Store:
     """The contract: pots in a database. A store is used by one thread.
 
     all(settings)   a store for each worker
-    start()         is called on one of them, before the first use; returns what is served
-    probe()         tries the database for --check, and writes nothing
+    start()         is called on one of them, before the first use; returns a phrase for the log
+    probe()         tries the database for --check, and writes nothing; returns a phrase, too
     connect()       sees to a connection to a server that can issue IDs, as far as it is known
     take(wants, hasty)  for each (pot, count, floor) the last of `count` new IDs. All are above
                     floor, the highest number that any answer has shown. One trouble fails all,
@@ -654,7 +654,7 @@ class SqliteStore(Store):
         return sorted(self._counters.items())
 
     def check(self, pot):
-        self._write({}, "PRAGMA user_version = 1")  # a write: a full disk lets a transaction begin
+        self._write({}, "PRAGMA user_version = 1")  # a write: on a full disk a transaction begins
 
     def close(self):
         self.connection.close()    # folds the journal into the file
@@ -694,7 +694,7 @@ SESSION = ("SET SESSION autocommit=1, completion_type=0, lock_wait_timeout=1, "
            f"innodb_lock_wait_timeout=1, sql_safe_updates=0, sql_select_limit={MAX_ID}, "
            "sql_mode='STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'")
 REPLY = 3               # seconds to connect or for a reply: more than two locks, see SESSION
-# Does not wait for locks, in MariaDB; MySQL reads a comment.
+# In MariaDB the statement waits for no lock; to MySQL this is a comment.
 HASTY = "/*M!100300 SET STATEMENT lock_wait_timeout=0, innodb_lock_wait_timeout=0 FOR */ "
 BELIEVED = 1.0          # seconds for which a server is taken to be as it was seen
 UNUSED = 60.0           # seconds after which a connection is made anew: a firewall may forget it
@@ -703,7 +703,7 @@ UNUSED = 60.0           # seconds after which a connection is made anew: a firew
 def execute_all(connection, statements):
     """What the driver tells of each, none of which is a query; they go in one call."""
     text = "; ".join(statements)
-    if not hasattr(connection, "fetch_eof_status"):     # the driver's form in pure Python
+    if not hasattr(connection, "fetch_eof_status"):     # which only the driver's C form has
         return list(connection.cmd_query_iter(text))
     told = [connection.cmd_query(text)]
     while connection.more_results:
@@ -713,7 +713,7 @@ def execute_all(connection, statements):
 
 
 class MysqlConnection(Store):
-    """A connection to MySQL or MariaDB, thrown away after any trouble that is not one pot's.
+    """A store's connection to MySQL or MariaDB, made anew after any trouble but one pot's own.
     All connections use the same address: whose turn it is, until it cannot issue IDs or does not
     answer in time; then the next one has its turn. A server that comes back is not used before all
     behind it have failed: it may count for itself."""
@@ -738,7 +738,7 @@ class MysqlConnection(Store):
         self._shared = shared
         self._engine = settings.engine
         self._addresses = list(dsn["addresses"].items())
-        self._turn = 0          # that it was made in
+        self._turn = 0          # in which the connection was made
         self._seen = 0.0        # when the server was seen to be able to issue IDs
         self._writable = ""     # WRITABLE, where statements may ask that
         self.subject = f"MySQL {','.join(dsn['addresses'])}"
@@ -793,12 +793,11 @@ class MysqlConnection(Store):
                 self._call(self._log_in, arguments)
             except Unavailable as error:
                 found[address] = error
-                if len(self._addresses) > 1:        # else others may have a connection there
+                if len(self._addresses) > 1:        # with one, others may be connected to it
                     self._shared.turn = max(self._shared.turn, self._turn + 1)
             if len(found) == len(self._addresses):
                 told = "; ".join([f"{name}: {error.detail}" for name, error in found.items()])
-                kinds = {type(error) for error in found.values()}
-                kind = Refused if kinds == {Refused} else Retry
+                kind = Refused if all(isinstance(e, Refused) for e in found.values()) else Retry
                 raise kind(str(next(iter(found.values()))), detail=f"MySQL {told}")
 
     def _call(self, function, *arguments, pot=""):
@@ -808,7 +807,7 @@ class MysqlConnection(Store):
         start = monotonic()
         try:
             return function(*arguments)
-        except IdpotError:      # from _examine(): this server cannot issue IDs
+        except IdpotError:      # from _log_in() or _examine(): this server is of no use
             self.close()
             raise
         except Exception as error:      # the driver's, and what it makes of bytes that are no MySQL
@@ -826,7 +825,7 @@ class MysqlConnection(Store):
             # What the two forms of the driver say to caching_sha2_password without TLS.
             if number == (2061 if self._shared.driver.HAVE_CEXT else 1045):
                 detail += "; it may need TLS on the server, or its socket: unix(/path)"
-            # Without a word of these 2026 tells of a server that died while TLS was agreed on.
+            # 2026 without one of these words: the server died while TLS was agreed on.
             untrusted = number == 2026 and re.search("certificate|support", detail)
             kind = Refused if untrusted or number in LASTING else Retry
             raise kind(f"{CANNOT} (error {number})", detail=detail)
@@ -875,7 +874,7 @@ class MysqlConnection(Store):
                 raise Retry(f"{CANNOT}: the replication group has lost its majority")
         elif "wsrep_on" in state:
             ready = self._execute(GALERA) == [("wsrep_ready", "ON")]
-            if ready != bool(cluster):      # a node that is, and a session that does not replicate
+            if ready != bool(cluster):      # one of node and session replicates, the other not
                 raise Retry(f"{CANNOT}: the Galera node is not ready (error 1047), or its wsrep_on "
                             "is OFF")
         if {value for name, value in state.items() if name.endswith("read_only")} - {"OFF", "0"}:
@@ -918,7 +917,7 @@ class MysqlStore(MysqlConnection):
         if together:
             statements = ["START TRANSACTION", *statements, "COMMIT"]
         told = self._call(execute_all, self.connection, statements, pot=single)
-        if monotonic() > self._seen + BELIEVED:     # it may have waited while the server changed
+        if monotonic() > self._seen + BELIEVED:     # the call may have waited meanwhile
             self._call(self._examine)
         # An open transaction is not committed: a trigger or a proxy may have begun one.
         if (len(told) != len(statements) or self.connection.in_transaction
@@ -928,8 +927,8 @@ class MysqlStore(MysqlConnection):
         if together:
             told = told[1:-1]
         for pot, done in zip(pots, told):
-            if done["affected_rows"] != 1:      # with FOUND_ROWS: that were met
-                self._call(self._examine)       # raises Retry, for WRITABLE
+            if done["affected_rows"] != 1:      # with FOUND_ROWS: met, not changed
+                self._call(self._examine)       # raises Retry, if WRITABLE met none
                 self.current(pot)               # raises Broken, or Retry
                 raise Retry("the pot was just changed by others")
         return {pot: done["insert_id"] for pot, done in zip(pots, told)}
@@ -943,7 +942,7 @@ class MysqlStore(MysqlConnection):
             if taken[pot] >= floor + count:
                 continue
             if len(wants) == 1:
-                self.raise_to(pot, floor)       # raises Broken where the table cannot count
+                self.raise_to(pot, floor)       # the mend; raises Broken where that fails
                 if taken[pot]:
                     log.warning("the counter of pot %s was set back to %d, but %d was given: it "
                                 "goes on above that", pot, taken[pot] - count, floor)
@@ -1014,10 +1013,10 @@ class MysqlStore(MysqlConnection):
 # Requests that wait together are served by ONE call of a store. A request becomes a Job of its pot.
 # A worker is a thread that owns one store for life. For the pots that have waited longest it has
 # the store take the sum of each one's counts, and answers the jobs in order of arrival. A job stays
-# with its pot until it is answered, and so keeps its order.
+# with its pot until it is answered.
 #
-# One worker LEADS. It alone reads what clients have sent, which brings the jobs, and chooses what
-# is served next; then it calls, answers, and reads on: a request meets one thread, and no other is
+# One worker LEADS. Meanwhile it alone reads what clients have sent, which brings jobs, and chooses
+# what is served next; it calls, answers, and reads on: a request meets one thread, and no other is
 # woken for it. For what may take long (a pot in trouble, one that was not looked at yet, the list
 # of pots) the leader leaves the lead first, and one of the idle workers, who wait for it, reads on;
 # it wakes that one where it gives pots back. The main thread frees the lead of a leader whose call
@@ -1033,7 +1032,7 @@ HEALTH = "health check"
 
 class Question(NamedTuple):
     """What a request asks for: `count` IDs of the pot, or with count 0 what call(allocator, store,
-    pot) returns, once for all who wait with the same call; an int is what the next ID will follow.
+    pot) returns, once for all who wait with the same call; an int is the pot's counter.
     render(value) is the body of the answer: of the last ID, or of what the call returned."""
     pot: str
     count: int = 0
@@ -1046,12 +1045,13 @@ class Question(NamedTuple):
 class Job:
     """A question that waits for its answer: asker(value, error) is called once, with a value or an
     IdpotError, by a worker, or by expire() where `patience` seconds are over."""
-    trouble = Unavailable("the database did not answer in")     # or why it is to be tried again
+    trouble = "the database did not answer in"      # or why it is to be tried again
 
     def __init__(self, question, asker, patience=10.0):
         self.question = question
         self.count = question.count
         self.began = monotonic()
+        self.moment = self.began + bool(self.count)     # in trouble, GETs go a second before IDs
         self.deadline = self.began + patience
         self.asker = [asker]        # taken by the thread that answers: list.pop is atomic
 
@@ -1064,9 +1064,8 @@ class Job:
         asker(value, error)
 
     def expire(self):
-        kind = type(self.trouble)       # says whether it may help to ask again
         waited = min(monotonic(), self.deadline) - self.began   # less at a stop, or to make room
-        self.answer(error=kind(f"{self.trouble} {waited:.3g} seconds"))
+        self.answer(error=Unavailable(f"{self.trouble} {waited:.3g} seconds"))
 
 
 class Pot:
@@ -1074,7 +1073,7 @@ class Pot:
 
     def __init__(self, name, floor=None):
         self.name = name
-        self.jobs = []          # of which the answered are still to go
+        self.jobs = []          # oldest first; some may be answered, see _next_jobs()
         self.floor = floor      # the highest number given or told; None: it was not looked at yet
         self.failures = 0       # calls in a row that failed, or took long: it is in trouble
         self.moment = monotonic()       # before which it is not tried again
@@ -1117,25 +1116,29 @@ class Pots:
             due = [pot for pot in alone if room and pot.moment <= now]
             self._alone_next = not self._alone_next
             if due and (self._alone_next or not chosen):
-                # First tries go first; a failure costs a second of waiting at most.
+                # The one that has waited longest; each failure in a row puts it back a second.
                 chosen = [min(due, key=lambda one: one.moment + one.failures)]
             for pot in chosen[:MOST]:
-                self.waiting.remove(pot)
                 jobs = self._next_jobs(pot)
+                single = jobs and jobs[0].question.call
+                if single and batch:
+                    break
+                self.waiting.remove(pot)
                 if jobs:
                     batch[pot] = jobs
+                if single:
+                    break
         return batch
 
     def _next_jobs(self, pot):
-        """Those of the pot's jobs that are served together, with the same call; what asks for no
-        IDs goes first. Drops what was answered, and forgets a pot of which nothing is known."""
+        """The pot's oldest job, and those that are served with it, by the same call. Drops what was
+        answered, and forgets a pot of which nothing is known."""
         pot.jobs = [job for job in pot.jobs if job.asker]
-        calls = [job.question.call for job in pot.jobs if not job.count]
-        if calls:
-            return [job for job in pot.jobs if job.question.call == calls[0]]
+        if pot.failures:
+            pot.jobs.sort(key=lambda job: job.moment)
         if not pot.jobs and pot.floor is None:
             del self.known[pot.name]
-        return pot.jobs.copy()
+        return [job for job in pot.jobs if job.question.call == pot.jobs[0].question.call]
 
     def give_back(self, batch):
         with self._lock:
@@ -1158,13 +1161,13 @@ class Allocator:
 
     def __init__(self, stores, stuck=60.0):
         self.stores = stores
-        self._stuck = stuck     # seconds after which a worker that is busy with one thing hangs
+        self._stuck = stuck     # seconds after which a worker that is busy counts as hung
         self._most_away = max(1, len(stores) - 2)       # one leads, one is free to take the lead
         self._pots = Pots()
-        self.add = self._pots.add       # by who has the lead
+        self.add = self._pots.add       # called by who has the lead
         self._lead = threading.Lock()   # who has it reads and chooses; it is kept during calls
         self._hand = threading.Lock()   # guards _leader, and that the lead is left once
-        self._leader = None             # the store whose worker has the lead
+        self._leader = None     # the store whose worker has the lead; None: nobody, or main thread
         self._busy = {}         # store -> when its worker, which writes this, began what it does
         self._taken = ""        # the pot that IDs were taken from last
         self._asked = ""        # the pot that IDs were asked of last
@@ -1230,12 +1233,12 @@ class Allocator:
             if not store.connection and any(
                     one.connection and one not in self._busy for one in self.stores):
                 self._leave(store)
-                time.sleep(0.01)        # that one, which has a connection, is to lead
+                time.sleep(0.01)        # an idle worker that has a connection leads instead
                 continue
             room = len(self._busy) < self._most_away
             pause = max(0.0, moment - monotonic())
             timeout = pause or self._pots.next_moment(room)
-            while self._read(timeout):      # until no more comes: 1.1 times the rate (wrk -c64)
+            while self._read(timeout):      # until no more comes: 10 % more IDs/s (wrk -c64)
                 timeout = 0.0
             if pause:
                 continue
@@ -1255,16 +1258,11 @@ class Allocator:
     def _serve(self, store, batch):
         """Connects, if need be, and serves the pots; returns whether it could connect."""
         self._busy[store] = monotonic()
-        if next(iter(batch)).alone:
+        if next(iter(batch)).alone:     # then it is the only one
             self._leave(store)
         try:
             store.connect()
-            takes = {pot: jobs for pot, jobs in batch.items() if jobs[0].count}
-            if takes:
-                self._try(store, takes)
-            for pot, jobs in batch.items():
-                if pot not in takes:
-                    self._try(store, {pot: jobs})
+            self._try(store, batch)
             return True
         except IdpotError as error:
             if any([one.connection for one in self.stores]):     # they can serve
@@ -1286,14 +1284,18 @@ class Allocator:
             else:
                 self._call(store, pot, jobs)
         except IdpotError as error:
-            for one in batch:       # each is tried by itself now
-                one.failures = min(one.failures + 1, 7)
-            if len(batch) > 1:
+            several = len(batch) > 1
+            if several or isinstance(error, Unavailable):
+                for one in batch:       # each is tried by itself now
+                    one.failures = min(one.failures + 1, 7)
+            if several:
                 return
             if isinstance(error, Exhausted) and len(jobs) > 1:
-                for job in jobs:    # they do not all fit
-                    self._try(store, {pot: [job]})
-                return
+                try:        # they do not all fit: where one does not, no greater one does
+                    for job in sorted(jobs, key=lambda one: one.count):
+                        self._take(store, {pot: [job]})
+                except IdpotError as own:
+                    error = own
             subject = store.subject
             if isinstance(error, (Retry, Broken)) and store.connection:
                 subject = f"pot {pot.name}"
@@ -1310,9 +1312,9 @@ class Allocator:
                 job.answer(error=error)
             return
         metrics.add("idpot_db_retries_total", len(jobs))
-        trouble = Retry(f"{error}, tried for")
         for job in jobs:
-            job.trouble = trouble
+            job.trouble = f"{error}, tried for"
+            job.moment = monotonic() + 1.0      # what comes meanwhile goes first
 
     def _call(self, store, pot, jobs):
         """Calls what the jobs ask for, once for all of them."""
@@ -1331,7 +1333,7 @@ class Allocator:
         wants = [(pot.name, sum([job.count for job in jobs]), pot.floor)
                  for pot, jobs in batch.items()]
         start = monotonic()
-        lasts = store.take(wants, first.failures == 1)
+        lasts = store.take(wants, first.failures == 1)      # hasty: its call failed, maybe not it
         slow = monotonic() > start + SLOW and len(self.stores) > 1
         self._taken = first.name
         metrics.add("idpot_db_statements_total", len(wants))
@@ -1340,6 +1342,7 @@ class Allocator:
         for pot, want, last in zip(batch, wants, lasts):
             pot.floor = last
             pot.failures = int(slow)
+            pot.moment = monotonic()
             troubles.end(f"pot {pot.name}")
             given = last - want[1]
             for job in batch[pot]:
@@ -1678,10 +1681,7 @@ def ask(head, body, settings):
     actions = ACTIONS.get(head.route)
     if not actions:
         raise NotFound(f"there is nothing at {shown(head.path)}")
-    method = head.method
-    if method == "HEAD":
-        method = "GET"
-    action = actions.get(method)
+    action = actions.get("GET" if head.method == "HEAD" else head.method)
     if not action:
         allowed = ", ".join(["GET", "HEAD", *list(actions)[1:]])
         raise IdpotError(f"{head.method} is not allowed here, but {allowed}", status=405,
@@ -1693,8 +1693,8 @@ def ask(head, body, settings):
 
 
 # ------------------------------------------------------------------------------------- connections
-# Threads: the main one accepts, and looks at all connections every 0.2 s (socketserver's loop calls
-# get_request(), process_request(), service_actions()); workers, of which one leads; the logs' own.
+# Threads: the main one accepts, and looks at the connections each 0.2 s, at the lead each 0.05 s
+# (socketserver's loop calls get_request(), process_request(), service_actions()); the workers.
 #
 # All connections are in one epoll, armed with EPOLLONESHOT: whom it tells of a connection has it,
 # alone, until it is armed again. That is all the locking there is. Who has the lead reads it. (A
@@ -1781,7 +1781,7 @@ class Connection:
                     if self.server.stopping or monotonic() > since + self.server.limits[READING]:
                         error = IdpotError("the request did not arrive in time", status=408)
                     self.answer_error(error, keep=False)
-        except BlockingIOError:     # it was told for nothing
+        except BlockingIOError:     # there is nothing to receive after all
             self.arm(READ)
         except OSError:             # the client has gone
             self.close()
@@ -1895,12 +1895,12 @@ class Connection:
         self.request.close()
 
     def shut(self):
-        """By the main thread, which does not have it, unless expire() answers the job: ends what
-        it waits for, its answer, which is a 503 then, or the client."""
+        """By the main thread, though others may have it: a job that waits gets its 503, and the
+        socket is shut, of which the epoll tells whoever closes it."""
         name, _, more = self.state
         if name == ASKING:
             more.expire()
-        writes = name == SENDING or name == IDLE and self.buffer        # as it is armed
+        writes = name == SENDING or name == IDLE and self.buffer        # armed for writing
         with suppress(OSError):     # it was just closed
             self.request.shutdown(socket.SHUT_RDWR if writes else socket.SHUT_RD)
 
@@ -1934,11 +1934,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.epoll.register(bell, select.EPOLLIN | select.EPOLLET)
         self.wake = functools.partial(os.eventfd_write, bell, 1)        # has read() return
         self.stopping = 0.0         # when the stop began, 0.0 before
-        self.limits = {             # seconds in a state, or of that from the stop on
+        self.limits = {             # seconds in a state; after a stop began, from then on
             IDLE: settings.idletimeout, READING: settings.requesttimeout, ASKING: math.inf,
             SENDING: settings.idletimeout, CLOSING: LINGER}
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        others = len(allocator.stores) + 16     # for the database, the logs, /proc, a newcomer
+        others = len(allocator.stores) + 16     # files: database, logs, /proc, one more client
         self._most = max(1, min(settings.maxconnections, files - others))
         self._looked = 0.0
 
@@ -2014,7 +2014,7 @@ class Server(http.server.ThreadingHTTPServer):
         connection that has waited longest goes, and gets its 503 if it waits for an answer."""
         try:
             if len(self.connections) >= self._most:
-                raise OSError       # all connections are in use
+                raise OSError       # handled as if there were no descriptor left
             return super().get_request()
         except BlockingIOError:         # another process has taken it
             raise
@@ -2115,7 +2115,7 @@ class Client(AbstractContextManager):
 
     def _ask(self, wanted, pattern, method, path, **fields):
         """The text of an answer with the wanted status, if it matches the pattern."""
-        for last in (self._connection.sock is None, True):      # one that was kept may have died
+        for last in (self._connection.sock is None, True):      # a kept connection may have died
             try:
                 self._connection.request(
                     method, self._prefix + path, urlencode(fields) or None, self._headers)
