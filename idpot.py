@@ -270,7 +270,7 @@ def load_settings(path=None):
         for name, text in reader.items(section):
             number, spelled = places[name]
             if name not in SETTINGS[section]:   # what has more than letters may be a password
-                spelled = f'"{spelled}"' if re.fullmatch("[A-Za-z_-]+", name) else "(not shown)"
+                spelled = shown(spelled) if re.fullmatch("[A-Za-z_-]+", name) else "(not shown)"
                 raise SettingsError(f"{path}:{number}: unknown name {spelled} in [{section}]")
             _, convert = SETTINGS[section][name]
             try:
@@ -349,10 +349,10 @@ class Metrics:
             f'idpot_http_requests_total{{{head.labels},code="{status}"}}'
             for _, head, status, _, _ in answers])
         times = sorted([answer[-1] for answer in answers])
-        found[f"{HISTOGRAM}_sum"] = sum(times)
-        found[f"{HISTOGRAM}_count"] = len(times)
         for series, limit in BUCKETS.items():
             found[series] = bisect.bisect_right(times, limit)
+        found[f"{HISTOGRAM}_sum"] = sum(times)
+        found[f"{HISTOGRAM}_count"] = len(times)
         with self._lock:
             self._counters.update(found)
 
@@ -402,7 +402,7 @@ class Troubles:
             self._quiet[subject] = now + self.QUIET
         if not text.startswith(subject):
             text = f"{subject}: {text}"
-        log.log(level, "%s", text)
+        log.log(level, text)
 
     def end(self, subject):
         if self._told.pop(subject, False):
@@ -440,10 +440,10 @@ class StrftimeFileHandler(logging.Handler):
     def point_link(self, path):
         """Points the link to the file, atomically: it never misses."""
         target = os.path.realpath(path)
-        if os.path.realpath(self.link) == target:
-            return
         if os.path.exists(self.link) and not os.path.islink(self.link):
             raise FileExistsError(f"{self.link} is there and is not a symlink")
+        if os.path.realpath(self.link) == target:
+            return
         new = f"{self.link}.{os.getpid()}"
         with suppress(FileNotFoundError):
             os.unlink(new)      # a crash may have left it
@@ -507,7 +507,7 @@ def drain_logs():
             time.sleep(0.005)
 
 
-ESCAPES = {byte: f"\\x{byte:02x}" for byte in (*range(32), *range(127, 256))}
+ESCAPES = {byte: f"\\x{byte:02x}" for byte in range(256) if not 32 <= byte < 127}
 ESCAPES.update({ord('"'): r'\"', ord("\\"): r"\\"})
 
 
@@ -574,7 +574,7 @@ class SqliteStore(Store):
             self.connection = self._sqlite.connect(
                 self._path, timeout=0, isolation_level=None, check_same_thread=False)
             self.connection.executescript(self.START)
-            mode = self.connection.execute("PRAGMA journal_mode").fetchone()[0]
+            [(mode,)] = self.connection.execute("PRAGMA journal_mode")
             self._file = os.stat(self._path)
             self._counters = dict(self.connection.execute("SELECT name, id FROM pot"))
         except (self._sqlite.Error, OSError) as error:
@@ -730,7 +730,8 @@ class MysqlConnection(Store):
         shared = types.SimpleNamespace(
             driver=mysql.connector,
             turn=0,         # counts on; the address of a turn is turn % the number of addresses
-            cluster="")     # what the servers are members of, once one of them told
+            cluster="",     # what the servers are members of, once one of them told
+            engines={})     # pot -> its engine, once it was looked at
         return [cls(settings, shared) for _ in range(settings.connections)]
 
     def __init__(self, settings, shared):
@@ -797,7 +798,8 @@ class MysqlConnection(Store):
                     self._shared.turn = max(self._shared.turn, self._turn + 1)
             if len(found) == len(self._addresses):
                 told = "; ".join([f"{name}: {error.detail}" for name, error in found.items()])
-                kind = Refused if all(isinstance(e, Refused) for e in found.values()) else Retry
+                kinds = {type(error) for error in found.values()}
+                kind = Refused if kinds == {Refused} else Retry
                 raise kind(str(next(iter(found.values()))), detail=f"MySQL {told}")
 
     def _call(self, function, *arguments, pot=""):
@@ -904,8 +906,8 @@ class MysqlStore(MysqlConnection):
     def _update(self, values, hasty=False):
         """Sets counters to SQL values, {pot: value}; returns for each pot the argument of
         LAST_INSERT_ID in its value, from its own statement's reply, or 0 where that was not called.
-        Several go in one call, always in this order: two idpots cannot lock each other out. With
-        Engine InnoDB they are one transaction."""
+        Several go in one call, always in this order: two idpots cannot lock each other out. If all
+        are InnoDB, they are one transaction."""
         pots = sorted(values)
         statements = [f"UPDATE `pot_{pot}` SET id = {values[pot]}" for pot in pots]
         self.connect()
@@ -913,7 +915,7 @@ class MysqlStore(MysqlConnection):
         if hasty:
             statements[0] = HASTY + statements[0]
         single = pots[0] if len(pots) == 1 else ""
-        together = not single and self._engine.lower() == "innodb"
+        together = not single and {self._shared.engines.get(pot) for pot in pots} == {"InnoDB"}
         if together:
             statements = ["START TRANSACTION", *statements, "COMMIT"]
         told = self._call(execute_all, self.connection, statements, pot=single)
@@ -959,6 +961,7 @@ class MysqlStore(MysqlConnection):
         if len(rows) > 1:
             raise Broken(f'the table of pot "{pot}" has several rows, not one')
         value, engine = rows[0]
+        self._shared.engines[pot] = engine
         cluster = self._shared.cluster
         if cluster and engine != "InnoDB":      # as in _examine()
             raise Broken(
@@ -1012,8 +1015,8 @@ class MysqlStore(MysqlConnection):
 # -------------------------------------------------------------------------------------- allocation
 # Requests that wait together are served by ONE call of a store. A request becomes a Job of its pot.
 # A worker is a thread that owns one store for life. For the pots that have waited longest it has
-# the store take the sum of each one's counts, and answers the jobs in order of arrival. A job stays
-# with its pot until it is answered.
+# the store take the sum of each one's counts, and gives the IDs to the jobs in order of arrival. A
+# job stays with its pot until it is answered.
 #
 # One worker LEADS. Meanwhile it alone reads what clients have sent, which brings jobs, and chooses
 # what is served next; it calls, answers, and reads on: a request meets one thread, and no other is
@@ -1064,17 +1067,17 @@ class Job:
         asker(value, error)
 
     def expire(self):
-        waited = min(monotonic(), self.deadline) - self.began   # less at a stop, or to make room
-        self.answer(error=Unavailable(f"{self.trouble} {waited:.3g} seconds"))
+        waited = round(min(monotonic(), self.deadline) - self.began, 1)     # less at a stop
+        self.answer(error=Unavailable(f"{self.trouble} {waited:g} seconds"))
 
 
 class Pot:
     """A pot's jobs, oldest first, and what this server knows of it."""
 
-    def __init__(self, name, floor=None):
+    def __init__(self, name):
         self.name = name
         self.jobs = []          # oldest first; some may be answered, see _next_jobs()
-        self.floor = floor      # the highest number given or told; None: it was not looked at yet
+        self.floor = None       # the highest number given or told; None: it was not looked at yet
         self.failures = 0       # calls in a row that failed, or took long: it is in trouble
         self.moment = monotonic()       # before which it is not tried again
 
@@ -1091,7 +1094,7 @@ class Pots:
 
     def __init__(self):
         self._lock = threading.Lock()   # guards all, and the pots' jobs; no other is taken under it
-        self.known = {HEALTH: Pot(HEALTH, floor=0)}         # by name
+        self.known = {}         # by name
         self.waiting = []       # to be served, oldest first
         self._alone_next = False        # whose turn it is, where both kinds wait
 
@@ -1136,9 +1139,12 @@ class Pots:
         pot.jobs = [job for job in pot.jobs if job.asker]
         if pot.failures:
             pot.jobs.sort(key=lambda job: job.moment)
-        if not pot.jobs and pot.floor is None:
+        if pot.jobs:
+            call = pot.jobs[0].question.call
+            return [job for job in pot.jobs if job.question.call == call]
+        if pot.floor is None:
             del self.known[pot.name]
-        return [job for job in pot.jobs if job.question.call == pot.jobs[0].question.call]
+        return []
 
     def give_back(self, batch):
         with self._lock:
@@ -1153,7 +1159,7 @@ class Pots:
 
     def jobs(self):
         with self._lock:
-            return [job for pot in self.known.values() for job in pot.jobs if job.asker]
+            return [job for pot in self.known.values() for job in pot.jobs]
 
 
 class Allocator:
@@ -1171,6 +1177,7 @@ class Allocator:
         self._busy = {}         # store -> when its worker, which writes this, began what it does
         self._taken = ""        # the pot that IDs were taken from last
         self._asked = ""        # the pot that IDs were asked of last
+        self._moment = 0.0      # before which no worker tries again to connect
         self._stopped = False
         self._threads = [threading.Thread(target=self._work, args=(store,), daemon=True)
                          for store in stores]
@@ -1224,27 +1231,27 @@ class Allocator:
         return b"ok"
 
     def _work(self, store):
-        moment = 0.0            # before which it does not try again to connect
         while not self._stopped:
             if self._leader is not store:
                 self._lead.acquire()
                 self._leader = store
                 continue        # it may have stopped
-            if not store.connection and any(
-                    one.connection and one not in self._busy for one in self.stores):
-                self._leave(store)
-                time.sleep(0.01)        # an idle worker that has a connection leads instead
-                continue
+            pause = 0.0
+            if not store.connection:
+                if any(one.connection and one not in self._busy for one in self.stores):
+                    self._leave(store)
+                    time.sleep(0.01)        # an idle worker that has a connection leads instead
+                    continue
+                pause = max(0.0, self._moment - monotonic())
             room = len(self._busy) < self._most_away
-            pause = max(0.0, moment - monotonic())
             timeout = pause or self._pots.next_moment(room)
             while self._read(timeout):      # until no more comes: 10 % more IDs/s (wrk -c64)
                 timeout = 0.0
             if pause:
                 continue
             batch = self._pots.choose(room)
-            if batch and not self._serve(store, batch):
-                moment = monotonic() + PAUSE
+            if batch:
+                self._serve(store, batch)
         self._leave(store)
         store.close()
 
@@ -1256,22 +1263,21 @@ class Allocator:
                 self._lead.release()
 
     def _serve(self, store, batch):
-        """Connects, if need be, and serves the pots; returns whether it could connect."""
+        """Connects, if need be, and serves the pots."""
         self._busy[store] = monotonic()
         if next(iter(batch)).alone:     # then it is the only one
             self._leave(store)
         try:
             store.connect()
             self._try(store, batch)
-            return True
         except IdpotError as error:
             if any([one.connection for one in self.stores]):     # they can serve
                 error = Retry(str(error), detail=error.detail)
             self._settle(store.subject, self._pots.jobs(), error)
-            return False
+            self._moment = monotonic() + PAUSE
         finally:
             self._pots.give_back(batch)
-            self._busy.pop(store)
+            del self._busy[store]
             if self._leader is not store:
                 self._wake()
 
@@ -1282,13 +1288,16 @@ class Allocator:
             if jobs[0].count:
                 self._take(store, batch)
             else:
-                self._call(store, pot, jobs)
+                value = jobs[0].question.call(self, store, pot)     # once for all of them
+                if type(value) is int:      # no answer shows less than was given; IDs are above
+                    value = pot.floor = max(value, pot.floor or 0)
+                for job in jobs:
+                    job.answer(value)
         except IdpotError as error:
-            several = len(batch) > 1
-            if several or isinstance(error, Unavailable):
+            if not isinstance(error, Exists):
                 for one in batch:       # each is tried by itself now
                     one.failures = min(one.failures + 1, 7)
-            if several:
+            if len(batch) > 1:
                 return
             if isinstance(error, Exhausted) and len(jobs) > 1:
                 try:        # they do not all fit: where one does not, no greater one does
@@ -1316,14 +1325,6 @@ class Allocator:
             job.trouble = f"{error}, tried for"
             job.moment = monotonic() + 1.0      # what comes meanwhile goes first
 
-    def _call(self, store, pot, jobs):
-        """Calls what the jobs ask for, once for all of them."""
-        value = jobs[0].question.call(self, store, pot.name)
-        if type(value) is int:      # no answer shows less than was given; later IDs are above
-            value = pot.floor = max(value, pot.floor or 0)
-        for job in jobs:
-            job.answer(value)
-
     def _take(self, store, batch):
         """Takes IDs from all pots of the batch in one call, and hands them to their jobs."""
         first = next(iter(batch))
@@ -1339,15 +1340,14 @@ class Allocator:
         metrics.add("idpot_db_statements_total", len(wants))
         metrics.add("idpot_ids_issued_total", sum([want[1] for want in wants]))
         troubles.end(store.subject)
-        for pot, want, last in zip(batch, wants, lasts):
+        for pot, last in zip(batch, lasts):
             pot.floor = last
-            pot.failures = int(slow)
+            pot.failures = slow
             pot.moment = monotonic()
             troubles.end(f"pot {pot.name}")
-            given = last - want[1]
-            for job in batch[pot]:
-                given += job.count
-                job.answer(given)
+            for job in reversed(batch[pot]):
+                job.answer(last)
+                last -= job.count
 
 
 # --------------------------------------------------------------------------------- service manager
@@ -1598,7 +1598,7 @@ def take_ids(head, fields):
 
 
 def last_id(_, store, pot):
-    return store.current(pot)
+    return store.current(pot.name)
 
 
 def name_and_min(fields, default):
@@ -1610,13 +1610,14 @@ def name_and_min(fields, default):
 
 def create_pot(_, fields):
     pot, low = name_and_min(fields, "0")
-    return Question(pot, call=lambda _, store, pot: store.create(pot, low),
+    return Question(pot, call=lambda _, store, pot: store.create(pot.name, low),
                     render=lambda _: b"Created new pot", status=201)
 
 
 def raise_pot(_, fields):
     pot, low = name_and_min(fields, "")
-    return Question(pot, call=lambda _, store, pot: store.raise_to(pot, low))
+    return Question(pot, call=lambda _, store, pot: store.raise_to(
+        pot.name, max(low, pot.floor or 0)))
 
 
 # Route -> method -> what does it; HEAD is GET. Pots may have the names create and raise.
@@ -1684,7 +1685,7 @@ def ask(head, body, settings):
     action = actions.get("GET" if head.method == "HEAD" else head.method)
     if not action:
         allowed = ", ".join(["GET", "HEAD", *list(actions)[1:]])
-        raise IdpotError(f"{head.method} is not allowed here, but {allowed}", status=405,
+        raise IdpotError(f"{head.method:.20} is not allowed here, but {allowed}", status=405,
                          header=f"Allow: {allowed}\r\n")
     question = action(head, form_fields(head, body) if body or head.query else {})
     if question.count and len(body) <= SHORT_FORM and len(head.takes) < 16:
@@ -1907,7 +1908,7 @@ class Connection:
     def look(self, now):
         """By the main thread: ends a wait for the database or the client that takes too long."""
         name, since, more = self.state
-        if name == ASKING and now > more.deadline:
+        if name == ASKING and now > min(more.deadline, self.server.limits[ASKING]):
             more.expire()
         elif now > max(since, self.server.stopping) + self.server.limits[name]:
             self.shut()
@@ -1934,7 +1935,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.epoll.register(bell, select.EPOLLIN | select.EPOLLET)
         self.wake = functools.partial(os.eventfd_write, bell, 1)        # has read() return
         self.stopping = 0.0         # when the stop began, 0.0 before
-        self.limits = {             # seconds in a state; after a stop began, from then on
+        self.limits = {             # seconds in a state, from a stop on; but when ASKING ends
             IDLE: settings.idletimeout, READING: settings.requesttimeout, ASKING: math.inf,
             SENDING: settings.idletimeout, CLOSING: LINGER}
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -1970,9 +1971,9 @@ class Server(http.server.ThreadingHTTPServer):
         or after Timeout. Each answer from now on closes its connection."""
         self.stopping = monotonic()
         self.limits.update({IDLE: HURRIED, READING: HURRIED, CLOSING: HURRIED})
-        self.limits[ASKING] = 0.75 * self.settings.timeout      # the answers need a moment, too
+        self.limits[ASKING] = self.stopping + 0.75 * self.settings.timeout  # answers take a moment
         self.timeout = 0
-        for _ in range(BACKLOG):        # there may be no end
+        for _ in range(min(BACKLOG, self._most - len(self.connections))):       # as there is room
             self.handle_request()
         self.server_close()
         while self.connections and monotonic() < self.stopping + self.settings.timeout:
@@ -2004,7 +2005,7 @@ class Server(http.server.ThreadingHTTPServer):
         gauges = {
             "idpot_connections": len(states),
             "idpot_http_requests_in_flight": len(states) - silent,
-            "idpot_db_connections": sum(bool(one.connection) for one in self.allocator.stores),
+            "idpot_db_connections": len([1 for one in self.allocator.stores if one.connection]),
         }
         self.count_answers()
         return metrics.text(gauges).encode()
@@ -2128,7 +2129,7 @@ class Client(AbstractContextManager):
                     raise
             except (ValueError, http.client.HTTPException) as error:
                 self.close()
-                raise IdpotError(f"this is no answer of idpot: {error!r}") from error
+                raise IdpotError(f"this is no answer of idpot: {error!r}")
         if answer.status in self.ERRORS and re.fullmatch("[^\n]+\n", text):
             raise self.ERRORS[answer.status](text.strip())
         if answer.status == wanted and re.fullmatch(pattern, text) and answer.length is not None:
@@ -2194,8 +2195,7 @@ def serve(settings, stores):
 
 def run(arguments):
     settings = load_settings(arguments.config)
-    if arguments.listen:
-        settings.listen = arguments.listen
+    settings.listen = arguments.listen or settings.listen
     stores = (MysqlStore if settings.mysql else SqliteStore).all(settings)
     if arguments.check:
         print(f"idpot: the settings are valid, {stores[0].probe()}")
