@@ -26,14 +26,14 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from functools import partial
 from http.client import HTTPConnection, HTTPException, IncompleteRead
 from pathlib import Path
 from signal import SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGSTOP, SIGTERM
+from threading import Barrier, Event, Thread
 from time import monotonic
 
 import pytest
@@ -80,7 +80,7 @@ def within(seconds):
 
 def at_once(*calls):
     """Runs the calls in threads that start together; returns their results in order."""
-    barrier = threading.Barrier(len(calls))
+    barrier = Barrier(len(calls))
 
     def start(call):
         barrier.wait(10)
@@ -99,6 +99,24 @@ def assert_words(text, *words):
     """All of these are in the text."""
     for word in words:
         assert word in text
+
+
+@contextmanager
+def meanwhile(count, call):
+    """A block in which so many threads, each with its number, make the call again and again."""
+    over = Event()
+
+    def again(number):
+        while not over.is_set():
+            call(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        done = pool.map(again, range(count))
+        try:
+            yield
+        finally:
+            over.set()
+        assert list(done) == [None] * count
 
 
 def missing(reason):
@@ -223,6 +241,11 @@ class Database:
             cursor = connection.cursor()
             cursor.execute(statement)
             return cursor.fetchall() if cursor.description else []
+
+    def counter(self, pot, database="idpot"):
+        """What the table of the pot holds."""
+        [(value,)] = self.sql(f"SELECT id FROM {database}.pot_{pot}")
+        return value
 
     def dsn(self, database="idpot", parameters="", credentials="root"):
         return f"{credentials}@tcp(127.0.0.1:{self.port})/{database}{parameters}"
@@ -383,7 +406,7 @@ class Idpot:
         if listen:
             self.command.append(f"--listen={listen}")
         self.command.extend(arguments)
-        self.environment = {**os.environ, **(environment or {})}
+        self.environment = os.environ | (environment or {})
         self.pass_fds = pass_fds
         self.start(wait)
         if pot:
@@ -466,25 +489,32 @@ def python_with(*lines):
     return sys.executable, "-c", code
 
 
-CHECK = "--check"
+START, CHECK = "--listen=127.0.0.1:0", "--check"
 
 
-def ended(folder, *arguments, before=(), environment=(), **settings):
+def ended(folder, *arguments, before=(), environment=None, **settings):
     """(exit code, stdout, stderr) of an idpot that ends by itself; `before` begins the command."""
     Path(folder, "f.cfg").write_text(config_text(**settings))
     command = [*before, sys.executable, f"{HERE}/idpot.py", "--config=f.cfg", *arguments]
-    done = subprocess.run(command, cwd=folder, env={**os.environ, **dict(environment)},
+    done = subprocess.run(command, cwd=folder, env=os.environ | (environment or {}),
                           capture_output=True, text=True, timeout=20)
     return done.returncode, done.stdout, done.stderr
+
+
+def refusal(folder, *arguments, **settings):
+    """The line with which an idpot ends that does not start; before it may be warnings."""
+    code, out, errors = ended(folder, *arguments, **settings)
+    assert (code, out) == (1, "")
+    assert "secret" not in errors
+    assert "Traceback" not in errors
+    last = errors.splitlines()[-1]
+    assert re.fullmatch("idpot: [ -~]+", last)
+    return last
 
 
 def healthy(server):
     """Whether the server says that it could issue an ID now."""
     return server.answer("GET", "/healthz") == (200, "ok")
-
-
-def until_healthy(server):
-    wait_until(lambda: healthy(server))
 
 
 def logged(server):
@@ -515,6 +545,9 @@ def assert_refused_for_good(answer, pattern):
     status, text, headers = answer
     assert (status, headers["Retry-After"]) == (503, None)
     assert re.search(pattern, text)
+
+
+ERROR_1205 = 'idpot_db_errors_total{errno="1205"}'      # in metrics(): a lock was waited for
 
 
 def in_flight(server):
@@ -553,7 +586,7 @@ GOOD = b"POST /id/p HTTP/1.1\r\nHost: x\r\n\r\n"
 OTHER = b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
-class Raw:
+class Raw(AbstractContextManager):
     """A connection that sends bytes and reads whole answers, each as (status, fields, body).
 
     The answers end where the server closes; a reset is a ConnectionError. `buffer`: bytes that the
@@ -572,9 +605,6 @@ class Raw:
         self.socket.connect(("127.0.0.1", server.port))
         self.came = b""
         self.send(data)
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.socket.close()
@@ -620,9 +650,9 @@ class Raw:
         return status
 
 
-def asking(server, pot, count=1):
-    """A connection on which so many IDs were asked for."""
-    return Raw(server, f"POST /id/{pot}?count={count} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+def asking(server, pot):
+    """A connection on which an ID was asked for."""
+    return Raw(server, b"POST /id/%s HTTP/1.1\r\nHost: x\r\n\r\n" % pot.encode())
 
 
 @contextmanager
@@ -704,9 +734,9 @@ class Load:
         self.servers, self.pot, self.patience, self.headers = servers, pot, patience, headers
         self.recovered = math.inf
         self.history = []
-        self.stopping = threading.Event()
+        self.stopping = Event()
         self.deadline = monotonic() + 120
-        self.threads = [threading.Thread(target=self.client, args=(n,)) for n in range(12)]
+        self.threads = [Thread(target=self.client, args=(n,)) for n in range(12)]
 
     def __enter__(self):
         for thread in self.threads:
@@ -863,19 +893,17 @@ def test_the_example_file_has_every_name_once_and_says_the_defaults(folder, othe
             assert settings[name.lower()] == defaults[name.lower()]
 
 
-def test_a_file_of_go_idpot_starts_as_it_is(run, database):
-    server = run(wait=False)
-    server.stop(SIGKILL)
-    Path(server.folder, "idpot.cfg").write_text(
+def test_a_file_of_go_idpot_starts_as_it_is(run, database, tmp_path):
+    settings = tmp_path / "go.cfg"
+    settings.write_text(
         "; idpot\n[server]\nlisten = 127.0.0.1:0\nLogFile = access_log-%Y%m%d\n"
         "LogLinkName = access_log\n\n[mysql]\nengine = InnoDB\n"
         f'connectstring = "{database.dsn("idpot", "?charset=utf8&timeout=5s")}"  ; DSN\n')
-    server.command.remove("--listen=127.0.0.1:0")
-    server.start()
+    server = run(f"--config={settings}", config=False, listen=None)
     server.create("of-go", 10)
     assert server.next("of-go") == 11
     server.stop()
-    lines = Path(server.folder, "access_log").read_text()
+    lines = server.path("access_log").read_text()
     assert lines.count('"POST /id/of-go HTTP/1.1" 200 2 ') == 1
     [ignored] = [text for _, text in server.events() if "ignored" in text]
     assert "charset, timeout" in ignored
@@ -976,7 +1004,6 @@ def test_a_settings_file_that_is_not_there(folder, capsys, path, shown, argument
 @parametrize("arguments, words", [
     (["--listen=x"], ['--listen: "x"', "127.0.0.1:8080"]),
     (["--listen=8080"], ['--listen: "8080"', "127.0.0.1:8080"]),
-    (["--listen=localhost"], ['--listen: "localhost"', "127.0.0.1:8080"]),
     (["idpot.cfg"], ["--config=FILE"]),
     (["--port=80"], ["--port=80"]),
 ])
@@ -1154,22 +1181,6 @@ def lost_lines(server):
     return metrics(server)["idpot_log_lines_lost_total"]
 
 
-def test_no_line_is_lost_while_the_link_cannot_be_set(run, tmp_path):
-    links, away = tmp_path / "links", tmp_path / "away"
-    links.mkdir()
-    server = run(LogFile="log.%S", LogLinkName=f"{links}/newest", pot="p")
-    with Load([server]) as load:
-        links.rename(away)
-        server.until_says(f"{links}/newest")
-        away.rename(links)
-        server.until_says("is well again")
-    assert lost_lines(server) == 0
-    assert server.stop() == 0
-    assert [level for level, _ in server.events()[1:-1]] == ["ERROR", "INFO"]
-    lines = access_lines(*server.path("").glob("log.*"))
-    assert len(lines) == len(load.history) + 2      # create and the metrics
-
-
 def test_logs_that_are_moved_and_links_that_are_deleted_are_made_anew_without_losing_a_line(run):
     server = run(LogFile="log", LogLinkName="newest", pot="p")
     log, newest, *moved = map(server.path, ("log", "newest", "1", "2"))
@@ -1238,12 +1249,14 @@ def full_pipe():
     os.close(write_end)
 
 
-def started_with_stderr(run, descriptor, **settings):
-    """An idpot with that stderr and a pot p."""
-    server = run(listen=f"127.0.0.1:{free_port()}", **settings, pot="p")
-    assert server.stop() == 0
-    server.process = subprocess.Popen(server.command, cwd=server.folder, stderr=descriptor)
-    wait_until(lambda: not refused(server.port))
+def redirected(run, stderr, **options):
+    """An idpot with a pot p, whose stderr bash redirects so."""
+    port = free_port()
+    server = run(listen=f"127.0.0.1:{port}", wait=False, **options, python=[
+        needs("bash"), "-c", f'exec "$@" {stderr}', "bash", sys.executable])
+    wait_until(lambda: not refused(port))
+    server.port = port
+    server.create("p")
     return server
 
 
@@ -1258,7 +1271,7 @@ def assert_ids_and_a_stop_wait_for_nobody(server):
 @parametrize("settings", [{}, {"LogFile": "log"}])
 def test_neither_ids_nor_a_stop_wait_for_who_reads_stderr(run, settings):
     with full_pipe() as write_end:
-        server = started_with_stderr(run, write_end, **settings)
+        server = redirected(run, f"2>&{write_end}", pass_fds=[write_end], **settings)
         assert_ids_and_a_stop_wait_for_nobody(server)
 
 
@@ -1273,7 +1286,7 @@ def test_neither_ids_nor_a_stop_wait_for_who_reads_a_fifo_as_log(run, tmp_path):
 def test_lines_that_nobody_reads_are_bounded_and_counted(run):
     request = b"GET / HTTP/1.1\r\nHost: x\r\nUser-Agent: %s\r\n\r\n" % (b"x" * 200)
     with full_pipe() as write_end:
-        server = started_with_stderr(run, write_end)
+        server = redirected(run, f"2>&{write_end}", pass_fds=[write_end])
         before = memory(server)
         sent = 0
         while not lost_lines(server):
@@ -1286,23 +1299,18 @@ def test_lines_that_nobody_reads_are_bounded_and_counted(run):
 
 def test_a_pipe_that_is_read_late_gets_every_line(run):
     read_end, write_end = os.pipe()
-    server = started_with_stderr(run, write_end)
+    server = redirected(run, f"2>&{write_end}", pass_fds=[write_end])
     os.close(write_end)
     exchange(server, OTHER * 5000)      # a pipe holds a tenth of their lines
     with open(read_end) as pipe, within(20):
-        lines = [pipe.readline() for _ in range(5000)]
-    assert sum('"GET /x ' in line for line in lines) >= 4999      # one says that it listens
+        text = "".join([pipe.readline() for _ in range(5002)])
+    assert text.count('"GET /x ') == 5000       # others say that it listens, and of the create
     assert server.stop() == 0
 
 
 @parametrize("stderr", ["2>&-", "2> >(:)"], ids=["closed", "a pipe nobody reads"])
 def test_the_file_gets_its_lines_though_nobody_gets_those_of_stderr(run, stderr):
-    server = run(listen=f"127.0.0.1:{free_port()}", LogFile="log", LogLinkName="newest", pot="p")
-    server.stop()
-    os.truncate(server.stderr, 0)
-    server.command[:0] = [needs("bash"), "-c", f'exec "$@" {stderr}', "bash"]
-    server.start(wait=False)
-    wait_until(lambda: server.process.poll() or not refused(server.port))
+    server = redirected(run, stderr, LogFile="log", LogLinkName="newest")
     server.path("newest").unlink()
     server.path("newest").mkdir()       # of which stderr is told
     assert statuses(exchange(server, GOOD * 100)) == [200] * 100
@@ -1315,40 +1323,28 @@ def test_the_file_gets_its_lines_though_nobody_gets_those_of_stderr(run, stderr)
 
 # ---------------------------------------------------------------- lines of events
 
-def test_a_database_that_is_down_is_said_when_it_begins_and_when_it_ends(run, mysql, database):
-    server = run(**mysql(Timeout=1, LogFile="log"))
-    pots = [f"p{number}" for number in range(10)]
-    for pot in pots:
-        server.create(pot)
+@parametrize("trouble, pots, says", [
+    (killed, EIGHT, "MySQL 127.0.0.1:"),
+    (lambda database: pot_locked(database, "p0"), ["p0"], "pot p0: ")], ids=["down", "locked"])
+def test_a_trouble_is_said_when_it_begins_and_when_it_ends(
+        trouble, pots, says, run, mysql, database):
+    server = eight_pots(run(**mysql(Timeout=1, LogFile="log")))
 
     def asked():
         return set(at_once_with(pots, lambda pot: server.status("POST", f"/id/{pot}")))
 
-    assert asked() == {200}
     before = len(server.events())
-    with killed(database):
+    with trouble(database):
         for _ in range(2):
             assert asked() == {503}
     wait_until(lambda: asked() == {200}, 20)
     assert server.stop() == 0
     begin, end, stopped = server.events()[before:]
     assert begin[0] == "WARNING"
-    assert f"127.0.0.1:{database.port}" in begin[1]
+    assert begin[1].startswith(says)
+    assert re.search(r"\(error 1205\)| 20\d\d ", begin[1])
     assert end[0] == "INFO"
     assert stopped == ("INFO", "stopped")
-
-
-def test_a_pot_that_is_answered_503_is_said_with_its_reason_when_that_begins_and_ends(
-        run, mysql, database):
-    server = run(**mysql(Timeout=1), pot="p")
-    assert server.next("p") == 1
-    with pot_locked(database, "p"):
-        assert [server.status("POST", "/id/p") for _ in range(2)] == [503] * 2
-    wait_until(lambda: server.status("POST", "/id/p") == 200)
-    assert server.stop() == 0
-    begin, end = [event for event in server.events() if "pot p" in event[1]]
-    assert (begin[0], end[0]) == ("WARNING", "INFO")
-    assert "(error 1205)" in begin[1]
 
 
 @fixture
@@ -1384,7 +1380,7 @@ class OddServer(socketserver.ThreadingTCPServer):
         self.data, self.answer, self.port = data, answer, self.server_address[1]
 
     def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
     def __exit__(self, *_):
@@ -1408,7 +1404,7 @@ class Proxy(OddServer):
     def __init__(self, port, ask=bytes, reply=bytes):
         super().__init__()
         self.target, self.ask, self.reply = port, ask, reply
-        self.answering = threading.Event()
+        self.answering = Event()
         self.answering.set()
         self.losses = 0
 
@@ -1537,7 +1533,6 @@ class StoreContract:
         assert b == MAX_ID - 1
         assert (a, c) == (10, 30) or not self.together
         assert taken(store, ("c", 3, c), ("a", 1, a)) == [c + 3, a + 1]
-        assert stored() == [a + 1, b, c + 3]
 
     def test_ids_go_on_above_the_signed_numbers(self, store):
         store.create("high", 2**63 - 3)
@@ -1545,7 +1540,6 @@ class StoreContract:
         assert taken(store, ("high", 2, 2**63 - 1)) == [2**63 + 1]
         assert store.raise_to("high", 2**63 - 1) == 2**63 + 1
         assert store.raise_to("high", 2**63 + 5) == 2**63 + 5
-        assert store.current("high") == 2**63 + 5
 
     def test_each_id_up_to_the_greatest_is_given_and_nothing_behind_it_is_burnt(self, store):
         store.create("whole", MAX_ID - 3)
@@ -1690,17 +1684,16 @@ class TestStoreInnodb(TestStoreMyisam):
     def test_two_idpots_do_not_lock_each_other_out(self, store, settings, tmp_path):
         other = store_of(tmp_path, **settings)
         wants = [(pot, 1, other.current(pot)) for pot in "abc"]
-        given = {"a": [], "b": [], "c": []}
 
         def take_from(one, wants):
-            for _ in range(100):
-                for (pot, _, _), last in zip(wants, one.take(wants)):
-                    given[pot].append(last)
+            return [one.take(wants) for _ in range(100)]
 
-        at_once(lambda: take_from(store, wants), lambda: take_from(other, wants[::-1]))
+        here, there = at_once(partial(take_from, store, wants),
+                              partial(take_from, other, wants[::-1]))
         other.close()
-        for pot, low in zip("abc", (10, 20, 30)):
-            assert sorted(given[pot]) == list(range(low + 1, low + 201))
+        for at, low in enumerate((10, 20, 30)):
+            given = [lasts[at] for lasts in here] + [lasts[2 - at] for lasts in there]
+            assert sorted(given) == list(range(low + 1, low + 201))
 
 
 @mark.usefixtures("driver")
@@ -1880,13 +1873,11 @@ class TestTables:
         assert server.next("back") == 201
         warning = "the counter of pot back was set back to 100, but 200 was given: it goes on above"
         assert logged(server).count(warning) == 1
-        sql("UPDATE pot_back SET id = 200")     # of its next two one is not above 201
-        assert min(server.next("back", 2)) > 201
         server.next("back", 99)
         sql("UPDATE pot_back SET id = 100")
         status, raised = server.answer("POST", "/pot/raise", "name=back&min=150")
-        assert (status, int(raised) > 300) == (200, True)
-        assert server.next("back") == int(raised) + 1
+        assert status == 200
+        assert server.next("back") == int(raised) + 1 > 300
 
     def test_a_counter_that_was_set_back_above_the_signed_numbers(self, server, sql, run):
         """GREATEST of MariaDB is signed."""
@@ -1920,8 +1911,9 @@ def test_a_trigger_is_told_once_and_burns_little(run, mysql, database):
     database.sql("CREATE TRIGGER host.on_p BEFORE UPDATE ON host.pot_p FOR EACH ROW SET @x = 1")
     for _ in range(2):
         status, text = server.answer("POST", "/id/p")
-        assert (status, "or its table has a trigger" in text) == (503, True)
-    assert database.sql("SELECT id FROM host.pot_p")[0][0] <= 25
+        assert status == 503
+        assert "or its table has a trigger" in text
+    assert database.counter("p", "host") <= 25
     assert server.answer("POST", "/pot/raise", "name=p&min=5000") == (200, "5000")
     assert logged(server).count("has a trigger") == 1
 
@@ -2017,10 +2009,9 @@ def test_a_file_is_refused_to_a_second_idpot(run, tmp_path):
     server = run(File=tmp_path / "ids.db", LogFile="log", pot="mine")
     with Load([server], "mine") as load:
         load.more()
-        second = run(File=tmp_path / "ids.db", wait=False)
-        assert second.process.wait(10) == 1
+        line = refusal(tmp_path, START, File="ids.db")
         load.more()
-    assert second.errors() == f'idpot: SQLite file "{tmp_path}/ids.db": another process uses it\n'
+    assert line == 'idpot: SQLite file "ids.db": another process uses it'
     assert load.all_served() == server.next("mine") - 1
 
 
@@ -2045,14 +2036,12 @@ def test_a_file_that_is_not_there_any_more_gives_no_id(change, run, tmp_path):
         assert server.status("POST", f"/id/{pot}") == 503
 
 
-def test_a_value_that_is_no_whole_number_stops_the_start_and_is_named(run, tmp_path):
+def test_a_value_that_is_no_whole_number_stops_the_start_and_is_named(tmp_path):
     with closing(sqlite3.connect(tmp_path / "ids.db")) as file, file:
         file.execute("CREATE TABLE pot (name TEXT PRIMARY KEY, id INTEGER NOT NULL)")
         file.execute("INSERT INTO pot VALUES ('sound', 5), ('half', 5.5)")
-    server = run(File=tmp_path / "ids.db", wait=False)
-    assert server.process.wait(10) == 1
-    assert re.fullmatch(f'idpot: SQLite file "{tmp_path}/ids.db": [ -~]*half[ -~]*\n',
-                        server.errors())
+    line = refusal(tmp_path, START, File="ids.db")
+    assert re.match('idpot: SQLite file "ids.db": .*half', line)
 
 
 def test_a_full_disk_is_said_when_it_begins_and_when_it_ends(run, tmp_path):
@@ -2090,29 +2079,20 @@ def test_of_the_last_ten_ids_each_is_given_that_is_asked_for(asked, run):
     given = sorted(issued(answers))
     last = given[-1]
     assert given == list(range(MAX_ID - 9, last + 1))
-    for count, status in zip(asked, statuses(answers)):
-        assert status == 200 or (status == 409 and count > MAX_ID - last)
+    assert set(statuses(answers)) == {200, 409}
+    refused = [count for count, status in zip(asked, statuses(answers)) if status == 409]
+    assert min(refused) > MAX_ID - last
     assert server.answer("GET", "/id/p") == (200, str(last))
 
 
-@contextmanager
 def unknown_pots_asked_for(server):
     """A block in which sixteen clients ask all along for IDs of pots that are not there."""
-    over = threading.Event()
-
     def ask(number):
-        with Raw(server) as client:
-            while not over.is_set():
-                client.send(b"POST /id/none%d HTTP/1.1\r\nHost: x\r\n\r\n" % number * 50)
-                while client.came.count(b" 404 Not Found") < 50:
-                    assert client.receive()
-                client.came = b""
+        with Raw(server, b"POST /id/none%d HTTP/1.1\r\nHost: x\r\n\r\n" % number * 50) as client:
+            while client.came.count(b" 404 Not Found") < 50:
+                assert client.receive()
 
-    with ThreadPoolExecutor(16) as pool:
-        asked = pool.map(ask, range(16))
-        with between(lambda: None, over.set):
-            yield
-        assert list(asked) == [None] * 16
+    return meanwhile(16, ask)
 
 
 @parametrize("connections", [0, 1, 8], ids=["SQLite", "1", "8"])
@@ -2125,18 +2105,13 @@ def test_pots_that_are_not_there_hold_up_no_pot_and_no_list(connections, mysql, 
             assert server.answer("GET", "/pot") == (200, f"p\t{last}\n")
 
 
-def until_error(server, number):
-    """Waits until the database has answered with that error."""
-    wait_until(lambda: f'idpot_db_errors_total{{errno="{number}"}}' in metrics(server))
-
-
 def test_a_pot_whose_lock_is_over_does_not_wait_behind_pots_that_are_not_there(
         mysql, run, database):
     server = run(**mysql(Connections=1, Timeout=12), pot="p")
     with unknown_pots_asked_for(server), Raw(server) as client:
         with pot_locked(database, "p"):
             client.send(GOOD)
-            until_error(server, 1205)
+            wait_until(lambda: ERROR_1205 in metrics(server))
         assert client.status() == 200
 
 
@@ -2149,7 +2124,7 @@ def test_a_pot_that_was_refused_a_thousand_times_is_served_when_its_lock_is_over
     with Raw(server) as client:
         with pot_locked(database, "p"):
             client.send(GOOD)
-            until_error(server, 1205)
+            wait_until(lambda: ERROR_1205 in metrics(server))
         with within(3):
             assert client.status() == 200
 
@@ -2228,19 +2203,18 @@ def test_twelve_pots_in_trouble_do_not_hold_up_a_sound_one(
         server.create(pot)
         assert server.next(pot) == 1
     took = []
-    with all_of([Raw(server) for _ in bad]) as waiting:
-        with troubled(database, bad, harm, mend):
-            for client, pot in zip(waiting, bad):
-                client.send(b"POST /id/%s HTTP/1.1\r\nHost: x\r\n\r\n" % pot.encode())
-            until_in_flight(server, 12)
-            begin = monotonic()
-            while monotonic() < begin + 2.5:
-                start = monotonic()
-                server.next("p")
-                took.append(monotonic() - start)
-            with within(2):
-                assert server.answer("GET", "/healthz") == (200, "ok")
-            assert in_flight(server) == 12
+    with troubled(database, bad, harm, mend):
+        waiting = [asking(server, pot) for pot in bad]
+        until_in_flight(server, 12)
+        begin = monotonic()
+        while monotonic() < begin + 2.5:
+            start = monotonic()
+            server.next("p")
+            took.append(monotonic() - start)
+        with within(2):
+            assert healthy(server)
+        assert in_flight(server) == 12
+    with all_of(waiting):
         assert {client.status() for client in waiting} == {200}
     assert max(took) < 3        # 4 to 10 s, where a lock is waited for by all workers
     assert len(took) > 50
@@ -2249,27 +2223,24 @@ def test_twelve_pots_in_trouble_do_not_hold_up_a_sound_one(
 def test_a_pot_that_gives_no_id_can_be_read_meanwhile(mysql, run, database):
     server = run(**mysql())
     server.create("p", 1)
-    with clients(server, 3, OTHER, 404) as waiting:
-        with troubled(database, ["p"], *TROUBLES["error 1526"][1:]):
-            for client in waiting:
-                client.send(GOOD)
-            until_in_flight(server, 3)
-            with within(2):
-                assert server.answer("GET", "/id/p") == (200, "1")
-                assert server.answer("GET", "/pot/p") == (204, "")
-                assert server.answer("GET", "/pot") == (200, "p\t1\n")
+    with troubled(database, ["p"], *TROUBLES["error 1526"][1:]):
+        waiting = [asking(server, "p") for _ in range(3)]
+        until_in_flight(server, 3)
+        with within(2):
+            assert server.answer("GET", "/id/p") == (200, "1")
+            assert server.answer("GET", "/pot/p") == (204, "")
+            assert server.answer("GET", "/pot") == (200, "p\t1\n")
+    with all_of(waiting):
         assert {client.status() for client in waiting} == {200}
 
 
 def test_forty_that_wait_share_a_statement_and_a_lone_one_costs_one(run, mysql, database):
     server = run(**mysql(), pot="p")
-    with clients(server, 40, OTHER, 404) as crowd:
-        with pot_locked(database, "p"):
-            for client in crowd:
-                client.send(GOOD)
-            until_in_flight(server, 40)
-        answers = [client.answer() for client in crowd]
-    assert sorted(issued(answers)) == list(range(1, 41))
+    with pot_locked(database, "p"):
+        waiting = [asking(server, "p") for _ in range(40)]
+        until_in_flight(server, 40)
+    with all_of(waiting):
+        assert sorted(issued([client.answer() for client in waiting])) == list(range(1, 41))
     statements = metrics(server)["idpot_db_statements_total"]
     assert statements < 15      # the lock may have been waited for several times
     assert [server.next("p") for _ in range(20)] == list(range(41, 61))
@@ -2287,21 +2258,6 @@ def test_a_connection_that_is_refused_costs_those_that_there_are_nothing(mysql, 
             with raises(idpot.Retry):
                 other.connect()
         assert answer.result() == [1]
-
-
-def test_a_clean_stop_closes_its_connections(run, mysql, database):
-    database.sql("SET GLOBAL " + (
-        "log_error_verbosity = 3" if database.is_mysql else "log_warnings = 4"))
-    count = partial(
-        database.sql, "SELECT COUNT(*) FROM information_schema.processlist "
-                      "WHERE user = 'least'")
-    others = count()        # of idpots of other tests
-    server = eight_pots(run(**mysql()))
-    before = os.path.getsize(database.log)
-    assert server.stop() == 0
-    wait_until(lambda: count() <= others)
-    log = Path(database.log).read_bytes()[before:]
-    assert not re.search(rb"Aborted connection .* user: 'least'.*\(Got an error", log)
 
 
 # ---------------------------------------------------------------- grammar
@@ -2571,13 +2527,13 @@ def test_no_proper_prefix_of_a_request_costs_an_id(http_server, data):
     ids=["form", "chunks"])
 def test_a_request_may_be_cut_at_any_byte_and_into_single_bytes(http_server, data):
     last = current_p(http_server)
+    cuts = [(data[:at], data[at:]) for at in range(1, len(data))]
+    cuts.append([data[at:at + 1] for at in range(len(data))])
     with Raw(http_server) as client:
-        for at in range(1, len(data)):
-            send_apart(http_server, client, data[:at], data[at:])
-            assert client.answer()[2] == b"%d\n%d\n" % (last + 1, last + 2)
+        for pieces in cuts:
+            send_apart(http_server, client, *pieces)
+            assert issued([client.answer()]) == [last + 1, last + 2]
             last += 2
-        send_apart(http_server, client, *[data[at:at + 1] for at in range(len(data))])
-        assert client.answer()[2] == b"%d\n%d\n" % (last + 1, last + 2)
 
 
 def test_empty_lines_that_come_by_themselves_do_not_end_the_connection(http_server):
@@ -2587,7 +2543,7 @@ def test_empty_lines_that_come_by_themselves_do_not_end_the_connection(http_serv
                        [GOOD + b"\r\n"], [b"\r\n", GOOD]):
             send_apart(http_server, client, *pieces)
             last += 1
-            assert client.answer()[2] == b"%d" % last
+            assert issued([client.answer()]) == [last]
 
 
 @parametrize("data, body", [
@@ -2960,7 +2916,7 @@ def test_health_says_why_no_id_could_be_issued_and_costs_none(trouble, why, mysq
     assert status == 503
     assert re.search(why, text)
     assert text.count("\n") == 1
-    until_healthy(server)
+    wait_until(lambda: healthy(server))
     assert metrics(server)["idpot_ids_issued_total"] == 1
     assert server.next("p") == 43
 
@@ -2980,17 +2936,6 @@ def test_health_tries_the_pot_that_an_id_was_taken_from_last_and_waits_for_no_ot
                 assert healthy(server)
 
 
-def test_one_check_answers_all_who_ask_for_health_meanwhile(mysql, run, database):
-    server = run(**mysql(), pot="p")
-    server.next("p")
-    statements = metrics(server)["idpot_db_statements_total"]
-    with pot_locked(database, "p"), within(3.5):
-        asked = at_once_with(["/healthz"] * 100, partial(server.status, "GET"))
-        assert asked == [503] * 100
-    until_healthy(server)
-    assert metrics(server)["idpot_db_statements_total"] - statements < 50
-
-
 # ---------------------------------------------------------------- metrics
 
 def requests_to(route, method, code):
@@ -2998,7 +2943,7 @@ def requests_to(route, method, code):
     return f'idpot_http_requests_total{{route="{route}",method="{method}",code="{code}"}}'
 
 
-def test_metrics_go_up(mysql, run):
+def test_metrics_tell_what_was_served_and_of_the_process(mysql, run):
     server = run(**mysql(), pot="p")
     with Load([server]) as load:
         load.more()
@@ -3008,9 +2953,14 @@ def test_metrics_go_up(mysql, run):
     assert first["idpot_ids_issued_total"] == load.all_served() + 100
     assert first[requests_to("/id/{pot}", "POST", 200)] == requests
     assert second[requests_to("/metrics", "GET", 200)] == 1
+    assert first["idpot_db_connections"] >= 1
     assert 0 < first["idpot_db_statements_total"] <= requests
     assert first["idpot_db_seconds_total"] > 0
     assert first["idpot_log_lines_lost_total"] == 0
+    assert 10 * 2**20 < memory(server) < 100 * 2**20
+    assert 0 < first["process_cpu_seconds_total"] < 60
+    assert 6 < first["process_open_fds"] < 100
+    assert first["process_start_time_seconds"] == pytest.approx(time.time(), abs=30)
     for name in first:
         assert "_total" not in name or first[name] <= second[name]
 
@@ -3051,51 +3001,17 @@ def test_metrics_please_promtool_and_count_by_route_method_and_code_and_show_no_
     assert (promtool.returncode, promtool.stdout) == (0, "")
 
 
-def test_metrics_count_connections_and_requests_in_flight(mysql, run, database):
-    server = run(**mysql(), pot="p")
-    with clients(server, 20, OTHER, 404) as crowd:
-        wait_until(lambda: connections(server) == 20)
-        with pot_locked(database, "p"):
-            for client in crowd[:3]:
-                client.send(GOOD)
-            until_in_flight(server, 3)
-            assert metrics(server)["idpot_db_connections"] >= 1
-        until_in_flight(server, 0)
-    wait_until(lambda: connections(server) == 0)
-    assert server.next("p") == 4
-
-
 def test_metrics_have_a_histogram_of_the_time_until_the_answer(mysql, run, database):
     server = run(**mysql(), pot="p")
-    for _ in range(50):
-        server.next("p")
-    name = "idpot_http_request_duration_seconds"
-    quick = metrics(server)
-    buckets = [value for bucket, value in quick.items() if bucket.startswith(f"{name}_bucket")]
-    assert buckets == sorted(buckets)
-    assert buckets[-1] == quick[f"{name}_count"] == 51
-    assert 0 < quick[f"{name}_sum"] < 5
-    start = monotonic()
     with pot_locked(database, "p"), asking(server, "p") as client:
         assert nothing_comes(client, 0.6)
-    wait_until(lambda: metrics(server)["idpot_ids_issued_total"] == 51)
-    held = monotonic() - start
-    more = collections.Counter(metrics(server))
-    more.subtract(quick)
-    assert 0.6 < more[f"{name}_sum"] < held + 1
-    assert more[f'{name}_bucket{{le="+Inf"}}'] - more[f'{name}_bucket{{le="0.5"}}'] == 1
-
-
-def test_metrics_describe_the_process(run):
-    server = run()
+    wait_until(lambda: metrics(server)["idpot_ids_issued_total"] == 1)
+    name = "idpot_http_request_duration_seconds"
     found = metrics(server)
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    resident = 1024 * int(re.search(r"VmRSS:\s+(\d+) kB", status)[1])
-    assert memory(server) == pytest.approx(resident, rel=0.3)
-    files = len(os.listdir(f"/proc/{server.process.pid}/fd"))
-    assert found["process_open_fds"] == pytest.approx(files, abs=3)
-    assert 0 < found["process_cpu_seconds_total"] < 30
-    assert found["process_start_time_seconds"] == pytest.approx(time.time(), abs=30)
+    buckets = [value for bucket, value in found.items() if bucket.startswith(f"{name}_bucket")]
+    assert buckets == sorted(buckets)
+    assert buckets[-1] == found[f"{name}_count"] > found[f'{name}_bucket{{le="0.5"}}'] > 1
+    assert 0.6 < found[f"{name}_sum"] < 10
 
 
 # ---------------------------------------------------------------- connections
@@ -3149,37 +3065,37 @@ def test_whose_answer_is_awaited_longest_gets_its_503_and_makes_room(mysql, run,
 def test_thirty_clients_that_give_up_on_a_locked_pot_keep_nobody_out(mysql, run, database):
     server = run(**mysql(MaxConnections=32), pot="p")
     server.create("q")
-    over = threading.Event()
 
     def give_up(_):
-        while not over.is_set():
-            with Raw(server, GOOD):
-                over.wait(0.2)
+        with Raw(server, GOOD) as client:
+            nothing_comes(client, 0.2)
 
     took = []
-    with ThreadPoolExecutor(30) as pool, pot_locked(database, "p"):
-        asked = pool.map(give_up, range(30))
+    with pot_locked(database, "p"), meanwhile(30, give_up):
         until_locked(database, "p")
-        with between(lambda: None, over.set):
-            for _ in range(20):
-                start = monotonic()
-                server.next("q")
-                took.append(monotonic() - start)
-                assert healthy(server)
-        assert list(asked) == [None] * 30
+        for _ in range(20):
+            start = monotonic()
+            server.next("q")
+            took.append(monotonic() - start)
+            assert healthy(server)
     assert sorted(took)[10] < 0.5       # 10 s, where nobody makes room
 
 
-def test_idpots_on_one_socket_do_not_close_each_others_clients(mysql, run):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        settings = mysql()
-        servers = [run(**settings, **on_socket(listener)) for _ in range(2)]
-        with clients(servers[0], 20, OTHER, 404) as silent:
+def test_idpots_on_one_socket_close_no_client_of_each_other_and_can_be_replaced(mysql, run):
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+        options = {**mysql(), **on_socket(listener)}
+        old, new = run(**options, pot="p"), run(**options)
+        with clients(old, 20, OTHER, 404) as silent:
             assert nothing_comes(silent[0], 0.2)
             for _ in range(20):
-                with clients(servers[0], 40, OTHER, 404):
+                with clients(old, 40, OTHER, 404):
                     pass
             assert_served(silent)
+        with Load([old]) as load:       # start_server stops the old one when the new one is there
+            load.more()
+            assert old.stop() == 0
+            load.more()
+        assert new.next("p") == load.all_served() + 1
 
 
 SILENT = [      # what is sent, and what is answered until the server closes
@@ -3262,7 +3178,7 @@ def test_requests_beyond_all_buffers_are_answered_in_order_when_the_client_reads
     assert numbers[::2] == numbers[1::2] == list(range(1, 751))
 
 
-def test_clients_that_leave_leave_nothing_behind_and_are_served_no_further(run):
+def test_clients_that_leave_or_never_do_leave_nothing_behind_and_are_served_no_further(run):
     server = run(pot="p")
     server.create("left")
     before = metrics(server)["process_open_fds"]
@@ -3278,15 +3194,11 @@ def test_clients_that_leave_leave_nothing_behind_and_are_served_no_further(run):
         client.socket.close()
     wait_until(lambda: connections(server) == 0)
     assert server.next("left") <= 100
-    assert metrics(server)["process_open_fds"] < before + 10
-    assert "Traceback" not in server.errors()
-
-
-def test_who_does_not_close_is_closed_soon_after_the_last_answer(run):
-    server = run()
     with Raw(server, b"GET /x HTTP/1.0\r\n\r\n") as client:
         assert statuses(client) == [404]
-        wait_until(lambda: connections(server) == 0, 5)
+        wait_until(lambda: connections(server) == 0, 5)     # though this one does not close
+    assert metrics(server)["process_open_fds"] < before + 10
+    assert "Traceback" not in server.errors()
 
 
 def test_a_thousand_idle_clients_take_few_threads_and_little_memory(run):
@@ -3351,15 +3263,6 @@ def test_a_request_that_came_in_time_is_served_however_late_it_is_read(run):
         assert client.status() == 200
 
 
-def test_a_request_gets_its_503_where_idpot_was_stopped_for_longer_than_that(mysql, run, database):
-    server = run(**mysql(Timeout=1), pot="p")
-    with pot_locked(database, "p"), Raw(server, GOOD) as client:
-        until_locked(database, "p")
-        with stopped(server):
-            assert nothing_comes(client, 2)
-        assert client.status() == 503
-
-
 # ---------------------------------------------------------------- connections at a stop
 
 @parametrize("number", [SIGTERM, SIGINT])
@@ -3381,11 +3284,10 @@ def test_a_stop_answers_what_is_in_flight_and_closes_the_rest(number, mysql, run
             assert [statuses(client) for client in others] == [[], [404], [408], [408], [404]]
             assert server.process.poll() is None
         answers = [answer for client in asking for answer in client]
-    assert [fields["Connection"] for _, fields, _ in answers] == ["close"] * 3
     assert sorted(issued(answers)) == [4, 5, 6]
     assert server.process.wait(10) == 0
     assert server.events()[-1] == ("INFO", "stopped")
-    assert database.sql("SELECT id FROM host.pot_p") == [(6,)]
+    assert database.counter("p", "host") == 6
 
 
 def test_clients_in_the_backlog_at_a_stop_are_answered(run):
@@ -3396,6 +3298,7 @@ def test_clients_in_the_backlog_at_a_stop_are_answered(run):
     with all_of(waiting):
         assert sorted(issued([client.answer() for client in waiting])) == list(range(1, 21))
     assert server.process.wait(10) == 0
+    assert not server.path("idpot.db-wal").exists()     # it was closed
 
 
 def test_an_answer_that_is_read_late_at_a_stop_comes_whole(narrow):
@@ -3429,11 +3332,8 @@ class NotifySocket(socket.socket):
 @parametrize("name", ["{}/notify", "@{}/abstract"])
 def test_systemd_is_told_of_ready_reload_and_stop_but_not_the_watchdog_unasked(run, tmp_path, name):
     with NotifySocket(name.format(tmp_path)) as told:
-        listen = f"127.0.0.1:{free_port()}"
-        server = run(listen=listen, wait=False, environment=told.environment)
+        server = run(environment=told.environment)
         assert told.next() == "READY=1\nSTATUS=SQLite idpot.db"
-        server.port = wait_until(server.address)[1]
-        assert healthy(server)
         before = time.monotonic_ns() // 1000
         server.process.send_signal(SIGHUP)
         reloading = re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=(\d+)", told.next())
@@ -3443,12 +3343,6 @@ def test_systemd_is_told_of_ready_reload_and_stop_but_not_the_watchdog_unasked(r
         assert server.stop() == 0
         assert told.next() == "STOPPING=1"
         assert told.next(0.01) is None
-
-
-def test_systemd_is_told_of_ready_when_the_database_is_still_to_come(run, tmp_path):
-    with NotifySocket(f"{tmp_path}/notify") as told:
-        run(Port=1, environment=told.environment)
-        assert told.next().startswith("READY=1\nSTATUS=")
 
 
 def test_systemd_is_told_by_a_start_that_fails_an_error_and_nothing_else(run, tmp_path, journal):
@@ -3492,14 +3386,11 @@ def test_the_watchdog_is_fed_while_idpot_is_idle_or_busy_and_not_while_it_is_sto
 @slow
 def test_the_watchdog_is_not_fed_when_a_worker_hangs(run, tmp_path):
     with NotifySocket(f"{tmp_path}/notify", WATCHDOG_USEC="1000000") as told:
-        server = run(Timeout=0.5, environment=told.environment, python=python_with(
-            "import idpot, threading", "take = idpot.SqliteStore.take",
-            "idpot.SqliteStore.take = lambda store, wants: "
-            "threading.Event().wait() if wants[0][0] == 'hang' else take(store, wants)"))
+        server = run(Timeout=0.5, environment=told.environment, python=slowly("take", 3600))
         assert told.next().startswith("READY=1\n")
         assert told.next() == "WATCHDOG=1"
-        server.create("hang")
-        assert server.status("POST", "/id/hang") == 503
+        server.create("p")
+        assert server.status("POST", "/id/p") == 503
         wait_until(lambda: told.next(2) is None, 40)
 
 
@@ -3602,28 +3493,6 @@ def test_a_unix_socket_of_server_starter_is_served(run, tmp_path, name):
     assert "WARNING" not in server.errors()     # there is no Listen that is not used
 
 
-@slow
-def test_start_server_replaces_idpot_under_load_without_a_failed_request(run, mysql):
-    starter = [needs("start_server"), "--interval=1", f"--port=127.0.0.1:{free_port()}", "--"]
-    server = run(**mysql(), listen=None, python=[*starter, sys.executable], pot="p")
-
-    def hang_up(times):
-        """A signal between start_server's look for one and its wait is lost."""
-        if server.errors().count("received HUP") == times:
-            return True
-        server.process.send_signal(SIGHUP)
-
-    with Load([server]) as load:
-        for times in (1, 2):
-            load.more()
-            wait_until(lambda: hang_up(times), 20, every=3)
-            died = r"worker \d+ died, status:(\d+)"
-            wait_until(lambda: re.findall(died, server.errors()) == ["0"] * times, 20)
-        load.more()
-    assert load.all_served() == server.next("p") - 1
-    assert server.stop() == 0
-
-
 # ---------------------------------------------------------------- Client
 
 class Scripted(socketserver.ThreadingTCPServer):
@@ -3640,7 +3509,7 @@ class Scripted(socketserver.ThreadingTCPServer):
         self.script = list(script)
         self.requests = []
         self.numbers = itertools.count(1)
-        threading.Thread(target=self.serve_forever, args=(0.02,)).start()
+        Thread(target=self.serve_forever, args=(0.02,)).start()
 
     def __exit__(self, *_):
         self.shutdown()
@@ -3725,30 +3594,32 @@ def test_client_takes_no_id_by_what_is_no_name_of_a_pot(secured, pot):
         assert client.current("p") == 40
 
 
-@parametrize("answer, error", [
-    (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 8\r\n\r\nbecause\n", idpot.Unauthorized),
-    (b"HTTP/1.1 503 Unavailable\r\nContent-Length: 8\r\n\r\nbecause\n", idpot.Unavailable),
-    (b"HTTP/1.1 500 Error\r\nContent-Length: 8\r\n\r\nbecause\n", idpot.IdpotError),
-    # What is no answer of idpot's; 12: the connection is cut; 7: an Arabic one
-    (b"HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n<html>hi</html>", idpot.IdpotError),
-    (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", idpot.IdpotError),
-    (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n12", idpot.IdpotError),
-    (b"HTTP/1.1 200 OK\r\n\r\n12", idpot.IdpotError),
-    (b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n1\n2\n3\n", idpot.IdpotError),
-    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n\xff\xfe", idpot.IdpotError),
-    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n\xd9\xa7", idpot.IdpotError),
-    (b"HTTP/1.1 302 Found\r\nLocation: /login\r\nContent-Length: 0\r\n\r\n", idpot.IdpotError),
-    (b"HTTP/1.1 404 Not Found\r\nContent-Length: 22\r\n\r\n<html>\n<p>no</p>\n</htm>",
-     idpot.IdpotError),
-    (b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n", idpot.IdpotError)])
-def test_client_raises_by_the_status_and_where_an_answer_is_not_idpots(answer, error):
+RAISED = {b"403": idpot.Unauthorized, b"503": idpot.Unavailable}     # others: IdpotError itself
+
+
+@parametrize("answer", [
+    b"HTTP/1.1 403 Forbidden\r\nContent-Length: 8\r\n\r\nbecause\n",
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 8\r\n\r\nbecause\n",
+    b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 8\r\n\r\nbecause\n",
+    # None of idpot's
+    b"HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n<html>hi</html>",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n12",     # the connection is cut
+    b"HTTP/1.1 200 OK\r\n\r\n12",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n1\n2\n3\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n\xff\xfe",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n\xd9\xa7",       # an Arabic seven
+    b"HTTP/1.1 302 Found\r\nLocation: /login\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 404 Not Found\r\nContent-Length: 22\r\n\r\n<html>\n<p>no</p>\n</htm>",
+    b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n"])
+def test_client_raises_by_the_status_and_where_an_answer_is_not_idpots(answer):
     calls = [("create", []), ("exists", []), ("current", []), ("next", []), ("next_many", [2]),
              ("next_range", [2]), ("raise_to", [5])]
     with Scripted(*[answer] * 7) as server, idpot.Client(server.url, timeout=5) as client:
         for method, arguments in calls:
-            with raises(error, match="because|answer|IDs") as raised:
+            with raises(idpot.IdpotError, match="because|answer|IDs") as raised:
                 getattr(client, method)("p", *arguments)
-            assert type(raised.value) is error
+            assert type(raised.value) is RAISED.get(answer[9:12], idpot.IdpotError)
     assert len(server.requests) == 7
 
 
@@ -3799,20 +3670,6 @@ def test_client_does_not_repeat_what_was_not_answered_in_time():
 
 
 # ---------------------------------------------------------------- starts that fail
-
-START = "--listen=127.0.0.1:0"
-
-
-def refusal(folder, *arguments, **settings):
-    """The line with which an idpot ends that does not start; before it may be warnings."""
-    code, out, errors = ended(folder, *arguments, **settings)
-    assert (code, out) == (1, "")
-    assert "secret" not in errors
-    assert "Traceback" not in errors
-    last = errors.splitlines()[-1]
-    assert re.fullmatch("idpot: [ -~]+", last)
-    return last
-
 
 def test_an_address_that_is_taken_stops_the_start(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -4002,11 +3859,12 @@ def test_an_exception_that_nobody_expects_in_a_thread_ends_idpot(run):
     (read_only, ": it is read-only (error 1290)"),
 ])
 def test_idpot_is_there_before_its_database_and_serves_when_that_comes(
-        run, mysql, database, trouble, why):
+        run, tmp_path, mysql, database, trouble, why):
     reason = f"the database cannot serve this now{why}"
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, NotifySocket(f"{tmp_path}/notify") as told:
         with trouble(database):
-            server = run(**mysql(Timeout=1))
+            server = run(**mysql(Timeout=1), environment=told.environment)
+            assert told.next().startswith("READY=1\nSTATUS=MySQL ")
             patient = run(**mysql(Timeout=60))
             waiting = pool.submit(patient.answer, "POST", "/pot/create", "name=early")
             status, text, headers = server.request("POST", "/pot/create", "name=late")
@@ -4016,7 +3874,7 @@ def test_idpot_is_there_before_its_database_and_serves_when_that_comes(
             assert status == 503
             assert text.startswith(reason)
         assert waiting.result() == (201, "Created new pot")
-    until_healthy(server)
+    wait_until(lambda: healthy(server))
     server.create("late", 7)
     assert server.next("late") == 8
     [warning] = re.findall(r"WARNING (?!Engine MyISAM)(.*)", logged(server))
@@ -4046,11 +3904,6 @@ def test_sigterm_ends_a_start_that_waits_for_a_silent_address(run, inside, limit
 
 # ---------------------------------------------------------------- whole systems: faults under load
 
-def serves(server, pot="p"):
-    """Whether an ID of the pot is answered."""
-    return server.status("POST", f"/id/{pot}") == 200
-
-
 def emptied(database):
     """The database's server, with `idpot` made anew."""
     database.sql("DROP DATABASE IF EXISTS idpot")
@@ -4058,10 +3911,10 @@ def emptied(database):
     return database
 
 
-def pot_of(database, pot, engine):
+def pot_of(database, pot, engine, value=0):
     """Makes the pot as go-idpot does."""
-    database.sql(f"CREATE TABLE idpot.pot_{pot} (id BIGINT UNSIGNED NOT NULL) ENGINE = {engine}")
-    database.sql(f"INSERT INTO idpot.pot_{pot} VALUES (0)")
+    database.sql(f"CREATE TABLE idpot.pot_{pot} ({GO}) ENGINE = {engine}")
+    database.sql(f"INSERT INTO idpot.pot_{pot} VALUES ({value})")
 
 
 @fixture(scope="module")
@@ -4094,7 +3947,7 @@ def burned_by(name, fault, idpots, database, may_lose=()):
             load.recover()
     burned = 0
     for load in loads:
-        [(counter,)] = database.sql(f"SELECT id FROM idpot.pot_{load.pot}")
+        counter = database.counter(load.pot)
         load.verdict(counter, may_lose)
         burned += counter - load.issued()
     assert [healthy(server) for server in idpots] == [True, True]
@@ -4109,13 +3962,6 @@ def until_refused(trouble):
                 wait_until(load.refused)
 
     return fault
-
-
-def connections_killed(database, *loads):
-    for _ in range(2):
-        assert kill_connections(database, "teller")
-        for load in loads:
-            load.recover()
 
 
 def queries_killed(database, *_):
@@ -4153,7 +3999,6 @@ FAULTS = {
     "hung": until_refused(hung),
     "read_only": until_refused(read_only),
     "restarted": lambda database, *_: (database.signal(SIGTERM), database.start()),
-    "connections_killed": connections_killed,
     "queries_killed": queries_killed,
     "connections_used_up": until_refused(connections_used_up),
     "table_locked": partial(locked, "locked tables"),
@@ -4193,25 +4038,23 @@ def test_requests_whose_time_is_over_cost_no_id(idpots, database):
 def test_while_a_database_hangs_each_request_waits_its_timeout_and_nobody_else(
         run, mysql, database):
     server = eight_pots(run(**mysql(Timeout=2)))
-    with all_of([Raw(server) for _ in range(32)]) as crowd, within(8):
-        with hung(database):
-            for client, pot in zip(crowd, EIGHT * 4):
-                client.send(b"POST /id/%s HTTP/1.1\r\nHost: x\r\n\r\n" % pot.encode())
+    with within(8):
+        with hung(database), all_of([asking(server, pot) for pot in EIGHT * 4]) as waiting:
             with within(1):
                 assert server.status("GET", "/x") == 404
             with within(2.5):
                 assert server.status("GET", "/healthz") == 503
-            for client in crowd:
+            for client in waiting:
                 status, fields, text = client.answer()
                 assert (status, fields["Retry-After"]) == (503, "1")
-                assert re.search(rb"did not answer in 2 seconds|tried for 2 seconds", text)
-        wait_until(lambda: serves(server, "p0"), 2)
+                assert re.search(rb"(did not answer in|tried for) 2 seconds", text)
+        wait_until(lambda: server.status("POST", "/id/p0") == 200, 2)
     assert {status for status, _ in answers_at_once(server)} == {200}
 
 
 def test_a_stop_while_a_database_hangs_answers_all_and_ends(run, mysql, database):
     server = eight_pots(run(**mysql(Timeout=2)))
-    with hung(database), clients(server, 8, GOOD.replace(b"/p ", b"/p0 ")) as waiting, within(5):
+    with hung(database), all_of([asking(server, pot) for pot in EIGHT]) as waiting, within(5):
         until_in_flight(server, 8)
         server.process.send_signal(SIGTERM)
         assert {client.status() for client in waiting} == {503}
@@ -4244,9 +4087,8 @@ def copied(first, second, ahead=0):
     """Makes the second server what a replica of the first would be, or ahead of it."""
     emptied(second)
     for (table,) in first.sql("SHOW TABLES FROM idpot"):
-        [(value,)] = first.sql(f"SELECT id FROM idpot.{table}")
-        second.sql(f"CREATE TABLE idpot.{table} (id BIGINT UNSIGNED NOT NULL) ENGINE = InnoDB")
-        second.sql(f"INSERT INTO idpot.{table} VALUES ({value + ahead})")
+        pot = table.removeprefix("pot_")
+        pot_of(second, pot, "InnoDB", first.counter(pot) + ahead)
 
 
 class TestMayWrite:
@@ -4257,10 +4099,12 @@ class TestMayWrite:
         asks += [("POST", "/pot/raise", "name=p0&min=9"), ("GET", "/healthz")]
         with read_only(first):
             for status, text in at_once(*[partial(server.answer, *ask) for ask in asks]):
-                assert (status, "it is read-only (error 1290)" in text) == (503, True)
-        until_healthy(server)
+                assert status == 503
+                assert "it is read-only (error 1290)" in text
+        wait_until(lambda: healthy(server))
         for status, text in answers_at_once(server):
-            assert (status, 2 <= int(text) < 9) == (200, True)      # of a call some may be burnt
+            assert status == 200
+            assert 2 <= int(text) < 9       # of a call some may be burnt
 
     def test_a_statement_that_waited_while_its_server_was_demoted_gives_no_id(self, run, first):
         server = run(**on_servers(first.port, timeout=2))
@@ -4272,7 +4116,8 @@ class TestMayWrite:
                          lambda: session.execute("SET GLOBAL read_only = 0")):
                 session.execute("UNLOCK TABLES")
                 status, _, text = client.answer()
-            assert (status, b"read-only" in text) == (503, True)
+            assert status == 503
+            assert b"read-only" in text
         assert server.next("held") in (43, 44)      # one that came too late may be burnt
 
     def test_no_id_repeats_when_a_server_is_demoted_and_another_promoted(self, run, first, second):
@@ -4289,7 +4134,7 @@ class TestMayWrite:
                 idpots[1].stop()
                 idpots[1].start()
                 load.recover()
-        load.verdict(second.sql("SELECT id FROM idpot.pot_moved")[0][0], may_lose=[1])
+        load.verdict(second.counter("moved"), may_lose=[1])
 
     @parametrize("variable", ["read_only", "transaction_read_only"])
     def test_a_first_address_that_may_not_write_is_left_for_the_second(
@@ -4300,7 +4145,7 @@ class TestMayWrite:
             store.create("p", 5)
             assert taken(store, ("p", 1, 5)) == [6]
             store.close()
-        assert second.sql("SELECT id FROM idpot.pot_p") == [(6,)]
+        assert second.counter("p") == 6
 
     @parametrize("data", [
         b"\0\0\0\0",                                # nothing
@@ -4321,16 +4166,15 @@ class TestMayWrite:
     def test_a_second_address_is_used_by_all_until_it_fails_too(self, run, first, second):
         server = eight_pots(run(**on_servers(first.port, second.port)))
         copied(first, second, ahead=10)
-        before = first.sql("SELECT id FROM idpot.pot_p0")
+        before = first.counter("p0")
         with hung(first):
-            wait_until(lambda: serves(server, "p0"))
+            wait_until(lambda: server.status("POST", "/id/p0") == 200)
             with within(1):
                 assert answers_at_once(server)[1:] == [(200, "12")] * 7
-        hung_up = first.sql("SELECT id FROM idpot.pot_p0")      # it may have run what waited
+        hung_up = first.counter("p0")       # it may have run what waited
         for last in range(13, 30):
             assert answers_at_once(server)[1:] == [(200, str(last))] * 7
-        assert first.sql("SELECT id FROM idpot.pot_p0") == hung_up
-        assert hung_up[0][0] <= before[0][0] + 1
+        assert first.counter("p0") == hung_up <= before + 1
 
     def test_what_an_address_says_after_it_was_given_up_does_not_count(
             self, first, second, tmp_path):
@@ -4361,7 +4205,7 @@ class TestMayWrite:
                 assert client.status() == 503
         assert server.next("p0") < 20
         errors = metrics(server)
-        assert errors['idpot_db_errors_total{errno="1205"}'] > 0
+        assert errors[ERROR_1205] > 0
         assert not re.search('errno="(2013|2055|3024)"', " ".join(errors))
 
     def test_each_address_has_its_own_reason(self, run, first, tmp_path):
@@ -4376,31 +4220,6 @@ class TestMayWrite:
 
 
 # ---------------------------------------------------------------- networks and proxies
-
-class Splitter(Proxy):
-    """A proxy that sends what begins with these words to another server, the replica."""
-
-    def __init__(self, port, replica, words):
-        super().__init__(port)
-        self.replica = replica
-        self.reads = re.compile(rb".{4}\x03[\0\1]*(%s)" % words, re.DOTALL)
-
-    def relay(self, client, server):
-        with socket.create_connection(("127.0.0.1", self.replica)) as replica:
-            replica.recv(65536)
-            client.sendall(server.recv(65536))
-            login = client.recv(65536)      # of root, without a password: for any server
-            for one in (server, replica):
-                one.sendall(login)
-            replica.recv(65536)
-            while True:
-                for end in select.select([client, server, replica], [], [])[0]:
-                    data = end.recv(65536)
-                    if not data:
-                        return
-                    read = replica if self.reads.match(data) else server
-                    (read if end is client else client).sendall(data)
-
 
 class TestNetworks:
     @contextmanager
@@ -4471,20 +4290,7 @@ class TestNetworks:
                     break
             store.close()
         assert length > 30
-        assert lasts == [first.sql(f"SELECT id FROM idpot.pot_{pot}")[0][0] for pot in "cab"]
-
-    @parametrize("words, trouble", [(b"SELECT", read_only), (b"SELECT|SHOW", nullcontext)])
-    def test_a_proxy_that_reads_from_a_replica_costs_no_id(
-            self, words, trouble, run, first, second):
-        for pot in EIGHT:
-            pot_of(first, pot, "InnoDB")
-        copied(first, second)
-        with trouble(second), Splitter(first.port, second.port, words) as proxy:
-            server = run(**on_servers(proxy.port, parameters="?tls=false"))
-            for last in range(1, 31):
-                assert answers_at_once(server) == [(200, str(last))] * 8
-        assert first.sql("SELECT id FROM idpot.pot_p0") == [(30,)]
-        assert second.sql("SELECT id FROM idpot.pot_p0") == [(0,)]
+        assert lasts == [first.counter(pot) for pot in "cab"]
 
     def test_a_server_that_dies_while_tls_is_agreed_on_is_waited_for(self, run):
         with OddServer(GREETING, None) as dying:
