@@ -30,7 +30,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from functools import partial
-from http.client import HTTPConnection, HTTPException, IncompleteRead
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from signal import SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGSTOP, SIGTERM
 from threading import Barrier, Event, Thread
@@ -444,13 +444,12 @@ class Idpot:
         pattern = r"(?m)^[-0-9]+ [:0-9]+ idpot\[\d+\] ([A-Z]+) (.*)$"
         return re.findall(pattern, self.errors())
 
-    def request(self, method, path, body=None, headers=None, timeout=30):
+    def request(self, method, path, body=None, headers=None):
         """One request on a connection of its own; returns (status, body text, headers)."""
         headers = dict(headers or {})
         if body is not None:
             headers.setdefault("Content-Type", "application/x-www-form-urlencoded")
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=timeout)
-        with closing(connection):
+        with closing(HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:
             connection.request(method, path, body, headers)
             answer = connection.getresponse()
             return answer.status, answer.read().decode(), answer.headers
@@ -470,7 +469,7 @@ class Idpot:
 
     def next(self, pot, count=None):
         """The next ID; with count, the list of IDs."""
-        status, text = self.answer("POST", f"/id/{pot}", f"count={count}" if count else None)
+        status, text = self.answer("POST", f"/id/{pot}", count and f"count={count}")
         assert status == 200, text
         ids = [int(line) for line in text.splitlines()]
         return ids if count else ids[0]
@@ -504,7 +503,8 @@ def ended(folder, *arguments, before=(), environment=None, **settings):
 def refusal(folder, *arguments, **settings):
     """The line with which an idpot ends that does not start; before it may be warnings."""
     code, out, errors = ended(folder, *arguments, **settings)
-    assert (code, out) == (1, "")
+    assert code == 1
+    assert out == ""
     assert "secret" not in errors
     assert "Traceback" not in errors
     last = errors.splitlines()[-1]
@@ -540,10 +540,11 @@ def connections(server):
     return metrics(server)["idpot_connections"] - 1
 
 
-def assert_refused_for_good(answer, pattern):
-    """A 503 with such a text, that names no time to come again."""
+def assert_refused(answer, pattern, again=None):
+    """A request() had a 503 with such a text, which says when to come again if that may help."""
     status, text, headers = answer
-    assert (status, headers["Retry-After"]) == (503, None)
+    assert status == 503
+    assert headers["Retry-After"] == again
     assert re.search(pattern, text)
 
 
@@ -705,7 +706,7 @@ EIGHT = ["p0", "p1", "p2", "p3", "p4", "p5", "p6", "p7"]
 
 def answers_at_once(server):
     """The (status, text) for an ID of each of the eight pots, asked for together."""
-    return at_once(*[partial(server.answer, "POST", f"/id/{pot}") for pot in EIGHT])
+    return at_once_with(EIGHT, lambda pot: server.answer("POST", f"/id/{pot}"))
 
 
 def eight_pots(server):
@@ -726,8 +727,7 @@ class Load:
 
     Client n asks the n-th server in turn, for one ID; client 0 asks for five at once, and each
     third client has its connection closed each time. What they see is in `history`, where the
-    status is 200 for a whole answer only, "lost" where the connection broke before one, "hung"
-    where none came in time, and the body for what is no answer.
+    status is 200 for a right answer only, prove.LOST where there was none.
     """
 
     def __init__(self, servers, pot="p", patience=PATIENCE, **headers):
@@ -751,36 +751,20 @@ class Load:
     def client(self, number):
         server = self.servers[number % len(self.servers)]
         field, count = ("", 1) if number else ("count", 5)
-        target = f"/id/{self.pot}?{field}={count}" if field else f"/id/{self.pot}"
-        headers = {"Connection": "close" if number % 3 == 2 else "keep-alive", **self.headers}
-        status = "lost"
+        connection = prove.Connection(f"http://127.0.0.1:{server.port}", token=None)
+        connection.headers = {"Connection": "close" if number % 3 == 2 else "keep-alive"}
+        connection.headers.update(self.headers)
+        client = prove.Client(connection, [self.pot], number, self.history, self.stopping)
         while not self.stopping.is_set() and monotonic() < self.deadline:
-            if status in ("lost", "hung"):  # a server that was started again may have another port
-                connection = HTTPConnection("127.0.0.1", server.port, timeout=self.patience + 5)
+            connection.connection.port = server.port    # it may have been started again
             start = monotonic()
-            status, body = self.ask(connection, target, headers)
+            status, first = client.ask(self.pot, field, count)
             end = monotonic()
-            first = int(re.match(rb"[0-9]*", body)[0] or 0)
-            if status == 200 and body != prove.right_body(field, count, first):
-                status = body
             answer = prove.Answer(start, end, first, first + count - 1, status, number)
             self.history.append(answer)
             if status != 200:
-                connection.close()
                 self.stopping.wait(0.02)
-
-    def ask(self, connection, target, headers):
-        """Returns the status and the body."""
-        try:
-            connection.request("POST", target, headers=headers)
-            response = connection.getresponse()
-            return response.status, response.read()
-        except IncompleteRead as error:
-            return "half an answer", error.partial
-        except TimeoutError:
-            return "hung", b""
-        except (OSError, HTTPException):
-            return "lost", b""
+        connection.close()
 
     def served(self, since=0):
         """The answers with IDs that came after that moment."""
@@ -823,12 +807,12 @@ class Load:
         Connections may be lost of the servers with these numbers.
         """
         assert prove.check_history(self.history) == []
-        assert self.statuses().keys() <= {200, 503, "lost"}
+        assert self.statuses().keys() <= {200, 503, prove.LOST}
         assert self.statuses(self.recovered).keys() == {200}
-        lost = {answer.client for answer in self.history if answer.status == "lost"}
-        assert {client % len(self.servers) for client in lost} <= set(may_lose)
-        assert counter >= max(answer.last for answer in self.history)
-        assert max(answer.end - answer.start for answer in self.history) < self.patience + 1
+        for answer in self.history:
+            assert answer.status != prove.LOST or answer.client % len(self.servers) in may_lose
+            assert answer.last <= counter
+            assert answer.end - answer.start < self.patience + 1
 
 
 # ---------------------------------------------------------------- settings files
@@ -988,7 +972,8 @@ def test_a_setting_that_is_refused_is_named_in_one_line(folder, capsys, text, wo
     Path("f.cfg").write_text(text)
     code = idpot.main(["--config=f.cfg", "--listen=192.0.2.1:8"])   # no address of this host
     out, errors = capsys.readouterr()
-    assert (code, out) == (78, "")
+    assert code == 78
+    assert out == ""
     assert re.fullmatch("idpot: f.cfg:[ -~]+\n", errors)
     assert_words(errors, *words)
     assert "secret" not in errors
@@ -1119,7 +1104,8 @@ def test_every_answer_costs_one_line_that_goaccess_reads_with_nothing_raw_and_no
         [needs("goaccess"), "log", "--log-format=COMBINED", "--no-global-config",
          "--output=out.json"], cwd=server.folder, check=True, capture_output=True, timeout=60)
     found = json.loads(server.path("out.json").read_text())["general"]
-    assert (found["valid_requests"], found["failed_requests"]) == (len(LOGGED) + 1, 0)
+    assert found["valid_requests"] == len(LOGGED) + 1
+    assert found["failed_requests"] == 0
 
 
 # ---------------------------------------------------------------- log files
@@ -1293,7 +1279,7 @@ def test_lines_that_nobody_reads_are_bounded_and_counted(run):
             sent += len(exchange(server, request * 10000))
             assert sent < 500_000
         after = memory(server)
-        assert after < before + 150 * 2**20
+        assert after < before + 150_000_000
         assert server.stop() == 0
 
 
@@ -1766,15 +1752,9 @@ class TestTables:
         assert "from_go\t1001\n" in pots
         assert not re.search("other|view", pots)
 
-    @parametrize("pot, columns", [
-        ("new", None),          # idpot makes it
-        ("keyless", GO),
-        ("keyed", f"{GO} PRIMARY KEY")])
+    @parametrize("pot, columns", [("keyless", GO), ("keyed", f"{GO} PRIMARY KEY")])
     def test_go_idpot_and_idpot_take_turns(self, server, database, table, pot, columns):
-        if columns:
-            table(pot, columns, 0)
-        else:
-            server.create(pot)
+        table(pot, columns, 0)
         with session_on(database, name="tables_test") as go:
             for last in range(1, 20, 2):
                 assert server.next(pot) == last
@@ -1821,7 +1801,7 @@ class TestTables:
                 ("GET", f"/id/{pot}", None),
                 ("POST", "/pot/raise", f"name={pot}&min=9"),
                 ("POST", f"/id/{pot}", None)]:
-            assert_refused_for_good(server.request(method, target, form), f"^{text}\n")
+            assert_refused(server.request(method, target, form), f"^{text}\n")
         assert sql(f"SELECT * FROM pot_{pot}") == before
         assert f"{pot}\t-\n" in server.answer("GET", "/pot")[1]
         assert logged(server).count(text) == 1
@@ -1829,9 +1809,8 @@ class TestTables:
     def test_a_table_without_a_row_is_waited_for_and_a_create_mends_it(self, server, sql, table):
         table("empty", GO)
         with within(3):
-            status, text, headers = server.request("POST", "/id/empty")
-        assert (status, headers["Retry-After"]) == (503, "1")
-        assert text.startswith('the table of pot "empty" has no row')
+            answer = server.request("POST", "/id/empty")
+        assert_refused(answer, '^the table of pot "empty" has no row', again="1")
         with Raw(server, b"POST /id/empty HTTP/1.1\r\nHost: x\r\n\r\n") as early:
             server.create("empty", 8)
             assert issued([early.answer()]) == [9]
@@ -1931,7 +1910,7 @@ def test_a_create_that_the_account_may_not_make(run, mysql, database):
     server = run(**mysql())
     with within(5):
         answer = server.request("POST", "/pot/create", "name=p")
-    assert_refused_for_good(answer, "error (1142|1044)")
+    assert_refused(answer, "error (1142|1044)")
 
 
 @parametrize("change, number", [
@@ -1944,7 +1923,7 @@ def test_an_account_that_was_changed(change, number, run, mysql, database):
         database.sql("SET GLOBAL disconnect_on_expired_password = ON")
     database.sql(f"ALTER USER least {change}")
     kill_connections(database, "least")
-    assert_refused_for_good(server.request("POST", "/id/p"), f"error {number}")
+    assert_refused(server.request("POST", "/id/p"), f"error {number}")
 
 
 @parametrize("options, setting, target, number", [
@@ -1963,7 +1942,7 @@ def test_what_a_server_refuses_for_good(options, setting, target, number, run, r
     form = "name=q" if target == "/pot/create" else None
     with within(8):
         answer = run(ConnectString=server.dsn()).request("POST", target, form)
-    assert_refused_for_good(answer, f"error {number}")
+    assert_refused(answer, f"error {number}")
 
 
 PURE = ("sys.modules['_mysql_connector'] = None",)     # the driver without C
@@ -2029,7 +2008,7 @@ def test_a_file_that_is_not_there_any_more_gives_no_id(change, run, tmp_path):
     change(tmp_path / "ids.db")
     for method, target in [("POST", "/id/p"), ("GET", "/healthz"), ("POST", "/id/p?count=2"),
                            ("POST", "/id/none")]:
-        assert_refused_for_good(server.request(method, target), "removed or replaced: restart")
+        assert_refused(server.request(method, target), "removed or replaced: restart")
     second = run(File=tmp_path / "ids.db")
     second.create("q")
     for pot in "qp":
@@ -2062,7 +2041,8 @@ def test_a_full_disk_is_said_when_it_begins_and_when_it_ends(run, tmp_path):
         assert min(answer.first for answer in load.served()) > 20
         assert server.stop() == 0
     _, (level, text), end, _ = server.events()
-    assert (level, "database or disk is full" in text, end[0]) == ("WARNING", True, "INFO")
+    assert (level, end[0]) == ("WARNING", "INFO")
+    assert "database or disk is full" in text
 
 
 # ---------------------------------------------------------------- allocation
@@ -2636,15 +2616,15 @@ def test_single_bytes_cost_no_more_behind_many_than_behind_few(http_server, end)
 
 
 @parametrize("data, count, most", [
-    (b"GET / HTTP/1.1\r\nHost: x\r\nX: %015000d\r\n\r\n", 3000, 22),       # kept it is 34 MB
-    (b"POST /id/%060d HTTP/1.1\r\nHost: x\r\n\r\n", 14000, 3)], ids=["head", "name"])
+    (b"GET / HTTP/1.1\r\nHost: x\r\nX: %015000d\r\n\r\n", 3000, 23_000_000),   # kept it is 34 MB
+    (b"POST /id/%060d HTTP/1.1\r\nHost: x\r\n\r\n", 14000, 3_000_000)], ids=["head", "name"])
 def test_what_clients_make_up_is_not_kept_in_memory(run, data, count, most):
     server = run(LogFile="/dev/null")
     requests = [data % number for number in range(count)]
     assert set(statuses(exchange(server, b"".join(requests[:count // 4])))) == {404}
     before = memory(server)
     assert set(statuses(exchange(server, b"".join(requests[count // 4:])))) == {404}
-    assert memory(server) - before < most * 2**20
+    assert memory(server) - before < most
 
 
 MUTATED = [*SERVED, FORM, FORM + GOOD, CHUNKED + b"7\r\ncount=3\r\n0\r\n\r\n"]
@@ -2781,7 +2761,7 @@ def test_what_is_answered(run):
     server = run()
     for method, target, form, status, text in API_ANSWERS:
         got, answer, headers = server.request(method, target, form)
-        assert (got, answer) == (status, text), (method, target, form)
+        assert (method, target, got, answer) == (method, target, status, text)
         assert headers["Cache-Control"] == "no-store"
         kind = None if status == 204 else "text/plain; charset=utf-8"
         assert headers["Content-Type"] == kind
@@ -2793,7 +2773,8 @@ def test_what_is_answered(run):
 def test_what_is_refused_changes_nothing(http_server, method, target, form, status, text):
     pots = http_server.answer("GET", "/pot")
     got, answer, headers = http_server.request(method, target, form)
-    assert (got, answer) == (status, text)
+    assert got == status
+    assert answer == text
     allowed = text.rpartition(", but ")[2].strip() if status == 405 else None
     assert headers["Allow"] == allowed
     assert headers["Cache-Control"] == "no-store"
@@ -2911,10 +2892,9 @@ def test_health_says_why_no_id_could_be_issued_and_costs_none(trouble, why, mysq
     assert server.next("p") == 42
     assert healthy(server)
     with trouble(database), within(2.5):
-        status, text, _ = server.request("GET", "/healthz")
+        status, text = server.answer("GET", "/healthz")
     assert status == 503
-    assert re.search(why, text)
-    assert text.count("\n") == 1
+    assert re.search(f"^.*({why}).*\n$", text)
     wait_until(lambda: healthy(server))
     assert metrics(server)["idpot_ids_issued_total"] == 1
     assert server.next("p") == 43
@@ -2956,7 +2936,7 @@ def test_metrics_tell_what_was_served_and_of_the_process(mysql, run):
     assert 0 < first["idpot_db_statements_total"] <= requests
     assert first["idpot_db_seconds_total"] > 0
     assert first["idpot_log_lines_lost_total"] == 0
-    assert 10 * 2**20 < memory(server) < 100 * 2**20
+    assert 10_000_000 < memory(server) < 100_000_000
     assert 0 < first["process_cpu_seconds_total"] < 60
     assert 6 < first["process_open_fds"] < 100
     assert first["process_start_time_seconds"] == pytest.approx(time.time(), abs=30)
@@ -2994,10 +2974,10 @@ def test_metrics_please_promtool_and_count_by_route_method_and_code_and_show_no_
     python = sys.version.split()[0]
     info = f'idpot_build_info{{version="{idpot.__version__}",python="{python}"}}'
     assert f"\n{info} 1\n" in text
-    promtool = subprocess.run(
-        [needs("promtool"), "check", "metrics"], input=text, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=20)
-    assert (promtool.returncode, promtool.stdout) == (0, "")
+    promtool = [needs("promtool"), "check", "metrics"]
+    told = subprocess.run(promtool, input=text, text=True, capture_output=True, timeout=20)
+    assert told.returncode == 0
+    assert told.stdout + told.stderr == ""
 
 
 def test_metrics_have_a_histogram_of_the_time_until_the_answer(mysql, run, database):
@@ -3057,7 +3037,9 @@ def test_whose_answer_is_awaited_longest_gets_its_503_and_makes_room(mysql, run,
         with clients(server, 3, GOOD), within(2):
             assert server.status("GET", "/x") == 404
             status, fields, _ = longest.answer()
-            assert (status, fields["Retry-After"], longest.answer()) == (503, "1", None)
+            assert status == 503
+            assert fields["Retry-After"] == "1"
+            assert longest.answer() is None
     assert server.status("POST", "/id/p") == 200
 
 
@@ -3211,7 +3193,7 @@ def test_a_thousand_idle_clients_take_few_threads_and_little_memory(run):
             load.more()
             status = Path(f"/proc/{server.process.pid}/status").read_text()
             assert int(re.search(r"Threads:\s+(\d+)", status)[1]) <= 12
-            assert memory(server) - before < 20 * 2**20
+            assert memory(server) - before < 20_000_000
             assert_served(idle)
     assert server.next("p") == load.all_served() + 1
 
@@ -3267,8 +3249,8 @@ def test_a_request_that_came_in_time_is_served_however_late_it_is_read(run):
 @parametrize("number", [SIGTERM, SIGINT])
 def test_a_stop_answers_what_is_in_flight_and_closes_the_rest(number, mysql, run, database):
     server = run(**mysql(Timeout=10), pot="p")
-    others = [Raw(server, data) for data in (
-        b"", OTHER, OTHER[:-1], EXPECTING[:-1], OTHER + OTHER[:-1])]
+    half = OTHER[:-1]
+    others = [Raw(server, data) for data in (b"", OTHER, half, OTHER + half)]
     with clients(server, 3, GOOD, 200) as asking, all_of(others):
         late = others[-1]
         assert late.status() == 404
@@ -3280,9 +3262,10 @@ def test_a_stop_answers_what_is_in_flight_and_closes_the_rest(number, mysql, run
             server.process.send_signal(number)
             wait_until(lambda: refused(server.port))
             late.send(OTHER[-1:])       # in time: within half a second
-            assert [statuses(client) for client in others] == [[], [404], [408], [408], [404]]
+            assert [statuses(client) for client in others] == [[], [404], [408], [404]]
             assert server.process.poll() is None
-        answers = [answer for client in asking for answer in client]
+        answers = [client.answer() for client in asking]
+        assert [client.answer() for client in asking] == [None] * 3
     assert sorted(issued(answers)) == [4, 5, 6]
     assert server.process.wait(10) == 0
     assert server.events()[-1] == ("INFO", "stopped")
@@ -3350,20 +3333,6 @@ def test_systemd_is_told_by_a_start_that_fails_an_error_and_nothing_else(run, tm
         assert server.process.wait(10) == 1
         assert told.next(0.01) is None
     assert server.errors().startswith("<3>SQLite file ")
-
-
-def test_a_notify_socket_that_nobody_reads_holds_up_neither_ids_nor_a_stop(run, tmp_path):
-    with NotifySocket(f"{tmp_path}/notify", WATCHDOG_USEC="1000000") as told:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as filler:
-            filler.connect(f"{tmp_path}/notify")
-            filler.setblocking(False)
-            with suppress(BlockingIOError):
-                while True:
-                    filler.send(b"x")
-        server = run(environment=told.environment, pot="p")
-        assert server.next("p") == 1
-        with within(3):
-            assert server.stop() == 0
 
 
 @slow
@@ -3765,7 +3734,8 @@ def test_a_check_writes_nothing_and_does_not_look_at_log_files(tmp_path):
     before = listing(data)
     code, out, errors = ended(
         tmp_path, CHECK, File="data/ids.db", LogFile="no/dir/%Y", LogLinkName="f.cfg")
-    assert (code, errors) == (0, "")
+    assert code == 0
+    assert errors == ""
     assert re.fullmatch("idpot: [ -~]*SQLite data/ids.db[ -~]*\n", out)
     assert listing(data) == before
     assert sorted(os.listdir(tmp_path)) == ["data", "f.cfg"]
@@ -3849,8 +3819,8 @@ def test_an_exception_that_nobody_expects_in_a_thread_ends_idpot(run):
 # ---------------------------------------------------------------- a start without a database
 
 @parametrize("trouble, why", [
-    pytest.param(down, " (error 2003)", marks=slow),
-    (read_only, ": it is read-only (error 1290)"),
+    pytest.param(down, r" \(error 2003\)", marks=slow),
+    (read_only, r": it is read-only \(error 1290\)"),
 ])
 def test_idpot_is_there_before_its_database_and_serves_when_that_comes(
         run, tmp_path, mysql, database, trouble, why):
@@ -3861,12 +3831,9 @@ def test_idpot_is_there_before_its_database_and_serves_when_that_comes(
             assert told.next().startswith("READY=1\nSTATUS=MySQL ")
             patient = run(**mysql(Timeout=60))
             waiting = pool.submit(patient.answer, "POST", "/pot/create", "name=early")
-            status, text, headers = server.request("POST", "/pot/create", "name=late")
-            assert (status, headers["Retry-After"]) == (503, "1")
-            assert text == f"{reason}, tried for 1 seconds\n"
-            status, text = server.answer("GET", "/healthz")
-            assert status == 503
-            assert text.startswith(reason)
+            answer = server.request("POST", "/pot/create", "name=late")
+            assert_refused(answer, f"^{reason}, tried for 1 seconds\n$", again="1")
+            assert_refused(server.request("GET", "/healthz"), f"^{reason}", again="1")
         assert waiting.result() == (201, "Created new pot")
     wait_until(lambda: healthy(server))
     server.create("late", 7)
@@ -3969,15 +3936,6 @@ def queries_killed(database, *_):
                 killed += 1
 
 
-@contextmanager
-def connections_used_up(database):
-    limit = "ALTER USER teller WITH MAX_USER_CONNECTIONS"
-    with between(lambda: database.sql(f"{limit} 1"), lambda: database.sql(f"{limit} 0")):
-        with closing(database.connect(user="teller", password="p")):
-            kill_connections(database, "teller")
-            yield
-
-
 def locked(trouble, database, other, load):
     """Another session holds one pot until all its clients are refused; the other pot is served."""
     _, harm, mend = TROUBLES[trouble]
@@ -3994,7 +3952,6 @@ FAULTS = {
     "read_only": until_refused(read_only),
     "restarted": lambda database, *_: (database.signal(SIGTERM), database.start()),
     "queries_killed": queries_killed,
-    "connections_used_up": until_refused(connections_used_up),
     "table_locked": partial(locked, "locked tables"),
     "row_locked": partial(locked, "locked rows"),
 }
@@ -4040,7 +3997,8 @@ def test_while_a_database_hangs_each_request_waits_its_timeout_and_nobody_else(
                 assert server.status("GET", "/healthz") == 503
             for client in waiting:
                 status, fields, text = client.answer()
-                assert (status, fields["Retry-After"]) == (503, "1")
+                assert status == 503
+                assert fields["Retry-After"] == "1"
                 assert re.search(rb"(did not answer in|tried for) 2 seconds", text)
         wait_until(lambda: server.status("POST", "/id/p0") == 200, 2)
     assert {status for status, _ in answers_at_once(server)} == {200}
@@ -4092,7 +4050,7 @@ class TestMayWrite:
         asks = [("POST", f"/id/{pot}") for pot in EIGHT]
         asks += [("POST", "/pot/raise", "name=p0&min=9"), ("GET", "/healthz")]
         with read_only(first):
-            for status, text in at_once(*[partial(server.answer, *ask) for ask in asks]):
+            for status, text in at_once_with(asks, lambda ask: server.answer(*ask)):
                 assert status == 503
                 assert "it is read-only (error 1290)" in text
         wait_until(lambda: healthy(server))
@@ -4289,6 +4247,5 @@ class TestNetworks:
     def test_a_server_that_dies_while_tls_is_agreed_on_is_waited_for(self, run):
         with OddServer(GREETING, None) as dying:
             server = run(**on_servers(dying.port, timeout=1))
-            status, _, headers = server.request("POST", "/id/p")
-        assert (status, headers["Retry-After"]) == (503, "1")
+            assert_refused(server.request("POST", "/id/p"), "2026", again="1")
         assert " 2026 " in server.errors()
