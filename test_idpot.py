@@ -2068,8 +2068,10 @@ def test_of_the_last_ten_ids_each_is_given_that_is_asked_for(asked, run):
 def unknown_pots_asked_for(server):
     """A block in which sixteen clients ask all along for IDs of pots that are not there."""
     def ask(number):
-        with Raw(server, b"POST /id/none%d HTTP/1.1\r\nHost: x\r\n\r\n" % number * 50) as client:
-            while client.came.count(b" 404 Not Found") < 50:
+        count = 40 + 40 * number        # they are not to end together
+        data = b"POST /id/none%d HTTP/1.1\r\nHost: x\r\n\r\n" % number
+        with Raw(server, data * count) as client:
+            while client.came.count(b" 404 Not Found") < count:
                 assert client.receive()
 
     return meanwhile(16, ask)
