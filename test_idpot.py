@@ -2058,13 +2058,12 @@ def test_of_the_last_ten_ids_each_is_given_that_is_asked_for(asked, run, mysql):
     assert sum([value for name, value in metrics(server).items() if "db_errors" in name]) < 20
 
 
-def unknown_pots_asked_for(server):
-    """A block in which sixteen clients ask all along for IDs of pots that are not there."""
+def asked_all_along(server, request=b"POST /id/none%d HTTP/1.1\r\nHost: x\r\n\r\n"):
+    """A block in which sixteen clients send the request again and again, with their numbers."""
     def ask(number):
         count = 40 + 40 * number        # they are not to end together
-        data = b"POST /id/none%d HTTP/1.1\r\nHost: x\r\n\r\n" % number
-        with Raw(server, data * count) as client:
-            while client.came.count(b" 404 Not Found") < count:
+        with Raw(server, request % number * count) as client:
+            while client.came.count(b"HTTP/1.1 ") < count:
                 assert client.receive()
 
     return meanwhile(16, ask)
@@ -2074,16 +2073,17 @@ def unknown_pots_asked_for(server):
 def test_pots_that_are_not_there_hold_up_no_pot_and_no_list(connections, mysql, run):
     settings = mysql(Connections=connections) if connections else {}
     server = run(**settings, pot="p")
-    with unknown_pots_asked_for(server):
+    with asked_all_along(server):
         for last in range(1, 21):
             assert server.next("p") == last
             assert server.answer("GET", "/pot") == (200, f"p\t{last}\n")
 
 
-def test_a_pot_whose_lock_is_over_does_not_wait_behind_pots_that_are_not_there(
-        mysql, run, database):
+@parametrize("others", [[], [b"GET /id/p HTTP/1.1\r\nHost: %d\r\n\r\n"]], ids=["404", "GET"])
+def test_a_pot_whose_lock_is_over_does_not_wait_behind_what_others_ask_all_along(
+        others, mysql, run, database):
     server = run(**mysql(Connections=1, Timeout=12), pot="p")
-    with unknown_pots_asked_for(server), Raw(server) as client:
+    with asked_all_along(server, *others), Raw(server) as client:
         with pot_locked(database, "p"):
             client.send(GOOD)
             wait_until(lambda: ERROR_1205 in metrics(server))
@@ -2134,8 +2134,19 @@ def slowly(name, seconds, *before):
 def test_pots_on_a_slow_disk_are_still_served_together(run):
     server = eight_pots(run(python=slowly("SqliteStore.take", 0.5)))
     for last in ("2", "3"):
+        for pot in EIGHT:       # that this is refused is no trouble of the pot
+            assert server.status("POST", "/pot/create", f"name={pot}") == 409
         with within(3):     # one after the other they take 4 s
             assert answers_at_once(server) == [(200, last)] * 8
+
+
+def test_pots_of_a_slow_database_take_turns(mysql, run):
+    server = run(**mysql(Connections=2, Timeout=4), python=slowly("MysqlStore.take", 0.3), pot="p")
+    server.create("q")
+    assert (server.next("p"), server.next("q")) == (1, 1)
+    with meanwhile(12, lambda _: server.next("p")):
+        for last in (2, 3, 4):
+            assert server.next("q") == last
 
 
 def test_while_a_pot_is_looked_at_others_are_answered_and_who_asks_for_it_is_next(mysql, run):
