@@ -294,8 +294,7 @@ def load_settings(path=None):
         "password": settings.password,
         "database": settings.dbname,
         "addresses": {f"{host}:{port}": {"host": host, "port": port}},
-        "tls": "preferred",
-        "ignored": "",
+        "tls": "preferred", "ignored": "",
     }
     settings.admintoken = settings.admintoken or settings.token
     return settings
@@ -530,7 +529,7 @@ class Store:
                     though counters may have moved; the caller then takes each by itself. hasty:
                     a locked pot is an error at once, if the database can do that
     current(pot)    the counter; it raises Broken where the table could repeat IDs
-    create(pot, low)    makes it; its first ID is low + 1
+    create(pot, low)    makes it, and returns the counter, from which its IDs go on
     raise_to(pot, low)  the counter then, which never falls
     pots()          (pot, counter) of each, "-" for the counter of one that cannot be read
     check(pot)      raises Unavailable unless an ID could be issued now, from the pot, if not ""
@@ -643,6 +642,7 @@ class SqliteStore(Store):
         if pot in self._counters:
             raise Exists(f'pot "{pot}" exists')
         self._write({pot: low})
+        return low
 
     def raise_to(self, pot, low):
         value = max(self.current(pot), low)
@@ -909,11 +909,10 @@ class MysqlStore(MysqlConnection):
         Several go in one call, always in this order: two idpots cannot lock each other out. If all
         are InnoDB, they are one transaction."""
         pots = sorted(values)
-        statements = [f"UPDATE `pot_{pot}` SET id = {values[pot]}" for pot in pots]
+        first = HASTY if hasty else ""
+        statements = [f"{first}UPDATE `pot_{pot}` SET id = {values[pot]}" for pot in pots]
         self.connect()
         statements[-1] += self._writable        # the server may have changed since it was asked
-        if hasty:
-            statements[0] = HASTY + statements[0]
         single = pots[0] if len(pots) == 1 else ""
         together = not single and {self._shared.engines.get(pot) for pot in pots} == {"InnoDB"}
         if together:
@@ -983,6 +982,7 @@ class MysqlStore(MysqlConnection):
                          f"WHERE NOT EXISTS (SELECT id FROM `pot_{pot}`)", pot)
         if done["affected_rows"] != 1:
             raise Exists(f'pot "{pot}" exists')
+        return self.current(pot)    # raises Broken where its table would not count
 
     def raise_to(self, pot, low):
         self.connect(believed=0)
@@ -1938,7 +1938,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.limits = {             # seconds in a state, from a stop on; but when ASKING ends
             IDLE: settings.idletimeout, READING: settings.requesttimeout, ASKING: math.inf,
             SENDING: settings.idletimeout, CLOSING: LINGER}
-        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         others = len(allocator.stores) + 16     # files: database, logs, /proc, one more client
         self._most = max(1, min(settings.maxconnections, files - others))
         self._looked = 0.0
@@ -2200,7 +2200,7 @@ def run(arguments):
     if arguments.check:
         print(f"idpot: the settings are valid, {stores[0].probe()}")
         return
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with suppress(OSError, ValueError):      # a service manager may forbid it
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))    # the soft one is for select(2)
     signal.pthread_sigmask(signal.SIG_BLOCK, [*STOPS, signal.SIGHUP])   # service_actions() asks
@@ -2242,7 +2242,7 @@ def main(argv=None):
         return 0
     except IdpotError as error:
         prefix = "<3>" if under_journald() else "idpot: "
-        print(f"{prefix}{error.detail}", file=sys.stderr)
+        print(prefix + error.detail, file=sys.stderr)
         return error.exit_code
 
 
