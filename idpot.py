@@ -1114,9 +1114,8 @@ class Pots:
         now = monotonic()
         batch = {}
         with self._lock:
-            alone = {pot for pot in self.waiting if pot.alone}
-            chosen = [pot for pot in self.waiting if pot not in alone]
-            due = [pot for pot in alone if room and pot.moment <= now]
+            chosen = [pot for pot in self.waiting if not pot.alone]
+            due = [pot for pot in self.waiting if pot.alone and room and pot.moment <= now]
             self._alone_next = not self._alone_next
             if due and (self._alone_next or not chosen):
                 # The one that has waited longest; each failure in a row puts it back a second.
@@ -1154,8 +1153,8 @@ class Pots:
         """Seconds until something is to be served, as far as it is known; 0.2 at most."""
         now = monotonic()
         with self._lock:
-            moments = [pot.moment for pot in self.waiting if room or not pot.alone]
-        return max(0.0, min([now + 0.2, *moments]) - now)
+            waits = [pot.moment - now for pot in self.waiting if room or not pot.alone]
+        return max(0.0, min([0.2, *waits]))
 
     def jobs(self):
         with self._lock:
@@ -1247,9 +1246,7 @@ class Allocator:
             timeout = pause or self._pots.next_moment(room)
             while self._read(timeout):      # until no more comes: 10 % more IDs/s (wrk -c64)
                 timeout = 0.0
-            if pause:
-                continue
-            batch = self._pots.choose(room)
+            batch = {} if pause else self._pots.choose(room)
             if batch:
                 self._serve(store, batch)
         self._leave(store)
@@ -1309,7 +1306,7 @@ class Allocator:
             if isinstance(error, (Retry, Broken)) and store.connection:
                 subject = f"pot {pot.name}"
             if isinstance(error, Retry):
-                pot.moment = monotonic() + min(1.0, 0.01 * 2**pot.failures)
+                pot.moment = monotonic() + 2**pot.failures / 128    # a second at most
             self._settle(subject, jobs, error)
 
     def _settle(self, subject, jobs, error):
@@ -1353,7 +1350,6 @@ class Allocator:
 # --------------------------------------------------------------------------------- service manager
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
-BACKLOG = 1024          # connections that wait to be accepted
 
 
 def notify(state):
@@ -1386,7 +1382,7 @@ def listen(host, port):
             both = not host and socket.has_dualstack_ipv6()     # IPv6 and IPv4
             family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
             listener = socket.create_server(
-                (host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both)
+                (host, port), family=family, backlog=1024, dualstack_ipv6=both)
         listener.setblocking(False)     # another process may take a connection before this one
         return listener
     except (OSError, ValueError, OverflowError) as error:
@@ -1684,7 +1680,7 @@ def ask(head, body, settings):
         raise NotFound(f"there is nothing at {shown(head.path)}")
     action = actions.get("GET" if head.method == "HEAD" else head.method)
     if not action:
-        allowed = ", ".join(["GET", "HEAD", *list(actions)[1:]])
+        allowed = ", ".join(actions).replace("GET", "GET, HEAD")
         raise IdpotError(f"{head.method:.20} is not allowed here, but {allowed}", status=405,
                          header=f"Allow: {allowed}\r\n")
     question = action(head, form_fields(head, body) if body or head.query else {})
@@ -1694,18 +1690,19 @@ def ask(head, body, settings):
 
 
 # ------------------------------------------------------------------------------------- connections
-# Threads: the main one accepts, and looks at the connections each 0.2 s, at the lead each 0.05 s
-# (socketserver's loop calls get_request(), process_request(), service_actions()); the workers.
+# Threads: the workers, one of which leads; the main one, which looks at the connections each 0.2 s,
+# at the lead each 0.05 s.
 #
 # All connections are in one epoll, armed with EPOLLONESHOT: whom it tells of a connection has it,
 # alone, until it is armed again. That is all the locking there is. Who has the lead reads it. (A
 # lead that is freed a moment too late may leave two readers: a connection goes to one of them.)
 #
-# The life of a request: the leader receives what came, into the connection's buffer, and as soon as
-# that holds a whole request asks the allocator: the connection is with a Job then. Who answers the
-# job, mostly the leader after its call, has the connection, sends without waiting, and arms it for
-# the next request, which is read no earlier: so answers come in order. What the client does not
-# take at once stays with the connection, armed for writing.
+# The life of a request: the leader, whom the epoll tells of new connections, too, accepts; receives
+# what came, into the connection's buffer; and as soon as that holds a whole request asks the
+# allocator: the connection is with a Job then. Who answers the job, mostly the leader after its
+# call, has the connection, sends without waiting, and arms it for the next request, which is read
+# no earlier: so answers come in order. What the client does not take at once stays with the
+# connection, armed for writing.
 #
 # Who has a connection writes its `state`, a tuple (name, since, more); the main thread reads it:
 #   IDLE      until the client sends its next request
@@ -1756,6 +1753,11 @@ class Connection:
         self.buffer = b""       # what was received, and is no part of a request that was read
         self.enough = 0         # bytes of it that may be a whole request; 0: no head was found
         self.head = MALFORMED   # of the request that is read or answered
+        server.connections[self.descriptor] = self
+        try:
+            server.epoll.register(self.descriptor, READ)
+        except OSError:         # the kernel has no memory left for it
+            self.close()
 
     def go_on(self, events):
         """By who has the lead, whom the epoll tells of the connection: the client has sent, or
@@ -1896,8 +1898,8 @@ class Connection:
         self.request.close()
 
     def shut(self):
-        """By the main thread, though others may have it: a job that waits gets its 503, and the
-        socket is shut, of which the epoll tells whoever closes it."""
+        """By any thread, though others may have it: a job that waits gets its 503, and the socket
+        is shut, of which the epoll tells whoever closes it."""
         name, _, more = self.state
         if name == ASKING:
             more.expire()
@@ -1931,6 +1933,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._counting = threading.Lock()       # who has it takes them
         self.connections = {}       # descriptor -> Connection
         self.epoll = select.epoll()
+        self.epoll.register(listener, select.EPOLLIN)
         bell = os.eventfd(0, os.EFD_CLOEXEC)
         self.epoll.register(bell, select.EPOLLIN | select.EPOLLET)
         self.wake = functools.partial(os.eventfd_write, bell, 1)        # has read() return
@@ -1944,17 +1947,39 @@ class Server(http.server.ThreadingHTTPServer):
         self._looked = 0.0
 
     def read(self, timeout):
-        """Goes on with the connections of which the epoll tells, by who has the lead; returns
-        whether one has asked for something."""
+        """Accepts, and goes on with the connections of which the epoll tells, by who has the lead;
+        returns whether one has asked for something."""
         asked = False
+        waiting = False
         for descriptor, events in self.epoll.poll(timeout):
             connection = self.connections.get(descriptor)
-            if connection:      # else it is the bell
+            if connection:
                 connection.go_on(events)
                 asked |= connection.state[0] == ASKING
+            elif descriptor == self.fileno():       # else it is the bell
+                waiting = True
+        if waiting:         # now that those are closed that make room
+            self.accept()
         if len(self.answers) > 500:
             self.count_answers()
         return asked
+
+    def accept(self):
+        """Accepts all that wait. Where one is too many, the connection that has waited longest goes,
+        and gets its 503 if it waits for an answer; if all are young, the next look comes again."""
+        try:
+            for _ in range(self._most + 1 - len(self.connections)):
+                self.finish_request(*self.get_request())    # makes a Connection
+        except BlockingIOError:     # no more of them wait
+            return
+        except OSError:             # no descriptor is left
+            pass
+        longest = min(self.connections.copy().values(), key=lambda one: one.state[1], default=None)
+        if longest and longest.state[1] < monotonic() - 0.1:
+            longest.shut()
+        else:
+            with suppress(OSError, ValueError):     # a stop has just closed it
+                self.epoll.modify(self, 0)
 
     def count_answers(self):
         with self._counting:
@@ -1968,20 +1993,22 @@ class Server(http.server.ThreadingHTTPServer):
 
     def stop(self):
         """Accepts what waits in the backlog, then no more; returns when all connections are closed,
-        or after Timeout. Each answer from now on closes its connection."""
+        after Timeout, or at the next stop signal. Each answer from now on closes its connection."""
         self.stopping = monotonic()
         self.limits.update({IDLE: HURRIED, READING: HURRIED, CLOSING: HURRIED})
         self.limits[ASKING] = self.stopping + 0.75 * self.settings.timeout  # answers take a moment
-        self.timeout = 0
-        for _ in range(min(BACKLOG, self._most - len(self.connections))):       # as there is room
-            self.handle_request()
+        self.epoll.unregister(self)
+        self.accept()
         self.server_close()
         while self.connections and monotonic() < self.stopping + self.settings.timeout:
             time.sleep(0.02)
-            self.service_actions()
+            self.look()
+            if signal.sigtimedwait(STOPS, 0):
+                return
+        self.allocator.stop()
 
-    def service_actions(self):
-        """Every LOOK seconds: deadlines, watchdog, signals; raises KeyboardInterrupt to stop."""
+    def look(self):
+        """Every LOOK seconds: deadlines, watchdog, SIGHUP."""
         now = monotonic()
         well = self.allocator.look(now)
         if now < self._looked + LOOK:
@@ -1993,8 +2020,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.count_answers()
         if well and "WATCHDOG_USEC" in os.environ:
             notify("WATCHDOG=1")        # that this thread hangs shows of itself
-        if signal.sigtimedwait(STOPS, 0):
-            raise KeyboardInterrupt
+        if not self.stopping:
+            self.epoll.modify(self, select.EPOLLIN)     # accept() may have ended that
         if signal.sigtimedwait([signal.SIGHUP], 0):     # a moved LogFile is seen at each write
             notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             notify("READY=1")
@@ -2009,31 +2036,6 @@ class Server(http.server.ThreadingHTTPServer):
         }
         self.count_answers()
         return metrics.text(gauges).encode()
-
-    def get_request(self):
-        """Accepts a connection; at a limit it makes room for the next try, and raises OSError: the
-        connection that has waited longest goes, and gets its 503 if it waits for an answer."""
-        try:
-            if len(self.connections) >= self._most:
-                raise OSError       # handled as if there were no descriptor left
-            return super().get_request()
-        except BlockingIOError:         # another process has taken it
-            raise
-        except OSError:
-            longest = min(self.connections.copy().values(), key=lambda one: one.state[1],
-                          default=None)
-            if longest and longest.state[1] < monotonic() - 0.1:
-                longest.shut()
-            time.sleep(0.001)           # the accepting loop comes again at once
-            raise
-
-    def process_request(self, request, client_address):
-        connection = Connection(request, client_address, self)
-        self.connections[connection.descriptor] = connection
-        try:
-            self.epoll.register(connection.descriptor, READ)
-        except OSError:         # the kernel has no memory left for it
-            connection.close()
 
 
 # ------------------------------------------------------------------------------------------ client
@@ -2069,14 +2071,14 @@ class Client(AbstractContextManager):
 
     def exists(self, pot):
         try:
-            self._ask(204, "", "GET", f"/pot/{quote(pot, safe='')}")
+            self._ask(204, "", "GET", f"/pot/{pot}")
             return True
         except NotFound:
             return False
 
     def current(self, pot):
         """Returns the ID that was given last, or min."""
-        return int(self._ask(200, "[0-9]{1,20}", "GET", f"/id/{quote(pot, safe='')}"))
+        return int(self._ask(200, "[0-9]{1,20}", "GET", f"/id/{pot}"))
 
     def next(self, pot):
         """Returns a new ID."""
@@ -2099,8 +2101,7 @@ class Client(AbstractContextManager):
 
     def _take(self, pot, wanted, **fields):
         """A range of the wanted IDs; the answer has all of them, or the first and the last."""
-        path = f"/id/{quote(pot, safe='')}"
-        text = self._ask(200, r"[0-9]{1,20}(\s[0-9]{1,20})*\s?", "POST", path, **fields)
+        text = self._ask(200, r"[0-9]{1,20}(\s[0-9]{1,20})*\s?", "POST", f"/id/{pot}", **fields)
         told = [int(one) for one in text.split()]
         first = told[0]
         last = first + wanted - 1
@@ -2119,7 +2120,7 @@ class Client(AbstractContextManager):
         for last in (self._connection.sock is None, True):      # a kept connection may have died
             try:
                 self._connection.request(
-                    method, self._prefix + path, urlencode(fields) or None, self._headers)
+                    method, self._prefix + quote(path), urlencode(fields) or None, self._headers)
                 with self._connection.getresponse() as answer:
                     text = answer.read().decode("utf-8", "replace")
                 break
@@ -2183,12 +2184,11 @@ def serve(settings, stores):
     if not settings.logfile and sys.stderr.isatty():
         log.info("a line for each request follows; LogFile = /dev/null in the settings ends that")
     notify(f"READY=1\nSTATUS={description}")
-    with suppress(KeyboardInterrupt):
-        server.serve_forever(LOOK / 4)      # for Allocator.look()
+    while not signal.sigtimedwait(STOPS, 0):    # to wait in it tells one twice after a SIGSTOP
+        time.sleep(0.05)        # for Allocator.look()
+        server.look()
     notify("STOPPING=1")
-    with suppress(KeyboardInterrupt):        # the second signal: it stops at once
-        server.stop()
-        allocator.stop()
+    server.stop()
     server.count_answers()
     log.info("stopped")
 
@@ -2203,7 +2203,7 @@ def run(arguments):
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with suppress(OSError, ValueError):      # a service manager may forbid it
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))    # the soft one is for select(2)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [*STOPS, signal.SIGHUP])   # service_actions() asks
+    signal.pthread_sigmask(signal.SIG_BLOCK, [*STOPS, signal.SIGHUP])   # it is asked for them
     stderr = logging.StreamHandler()
     stderr.setFormatter(StderrFormatter(
         "%(asctime)s idpot[%(process)d] %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
