@@ -152,7 +152,7 @@ def split_address(text, default_port=None):
     return match[1] or match[2] or "", int(port)
 
 
-def seconds(text):
+def parse_seconds(text):
     if re.fullmatch(r"[0-9]+(\.[0-9]+)?|\.[0-9]+", text) and 0 < float(text) <= 86400:
         return float(text)
     raise SettingsError(f"{shown(text)} is not a number of seconds above 0, at most 86400")
@@ -195,7 +195,7 @@ def parse_dsn(text):
     }
 
 
-def token(text):
+def parse_token(text):
     # Refuses what no header can carry, and single quotes, which are no quotes here.
     if not text or re.search(r"^[\s']|[\s']\Z", text):
         raise SettingsError("it is empty, or begins or ends with a space or a single quote: double "
@@ -209,11 +209,11 @@ SETTINGS = {    # section -> name in lower case -> (default, what makes the valu
         "listen": (LISTEN, split_address),
         "logfile": ("", str),               # strftime pattern; empty: stderr
         "loglinkname": ("", str),           # symlink to the newest log file
-        "token": ("", token),               # bearer token asked for all but /healthz
-        "admintoken": ("", token),          # asked for create and raise; empty: Token is
-        "timeout": (10.0, seconds),         # that a request may wait for the database, then 503
-        "requesttimeout": (10.0, seconds),  # for a whole request to arrive, then 408
-        "idletimeout": (60.0, seconds),     # without a request, then the connection is closed
+        "token": ("", parse_token),         # bearer token asked for all but /healthz
+        "admintoken": ("", parse_token),    # asked for create and raise; empty: Token is
+        "timeout": (10.0, parse_seconds),           # for the database, then 503
+        "requesttimeout": (10.0, parse_seconds),    # for a whole request to arrive, then 408
+        "idletimeout": (60.0, parse_seconds),       # without a request, then the client is closed
         "maxconnections": (1024, functools.partial(whole_number, low=1, high=1000000)),
     },
     "Mysql": {
@@ -279,7 +279,7 @@ def load_settings(path=None):
                     raise SettingsError('a double quote is not closed, or a backslash is not one '
                                         'of \\" \\\\ \\n \\t within double quotes')
                 value = re.sub(r'\\.|"', lambda part: ESCAPED[part[0]], match[1].strip())
-                if value or convert is token:
+                if value or convert is parse_token:
                     setattr(settings, name, convert(value))
             except IdpotError as error:
                 hint = ""
@@ -1025,7 +1025,7 @@ class MysqlStore(MysqlConnection):
 # it wakes that one where it gives pots back. The main thread frees the lead of a leader whose call
 # lasts too long, for another worker; where none is free to lead, it reads itself.
 
-MOST = 64               # pots that are served together
+MOST_POTS = 64          # pots that are served together
 SLOW = 0.2              # seconds of a call, after which its pots are served by themselves
 HELD = 0.1              # seconds of a call, after which the next look frees the lead
 PAUSE = 0.1             # seconds before a worker tries again to connect
@@ -1120,7 +1120,7 @@ class Pots:
             if due and (self._alone_next or not chosen):
                 # The one that has waited longest; each failure in a row puts it back a second.
                 chosen = [min(due, key=lambda one: one.moment + one.failures)]
-            for pot in chosen[:MOST]:
+            for pot in chosen[:MOST_POTS]:
                 jobs = self._next_jobs(pot)
                 single = jobs and jobs[0].question.call
                 if single and batch:
@@ -1167,7 +1167,7 @@ class Allocator:
     def __init__(self, stores, stuck=60.0):
         self.stores = stores
         self._stuck = stuck     # seconds after which a worker that is busy counts as hung
-        self._most_away = max(1, len(stores) - 2)       # one leads, one is free to take the lead
+        self._max_alone = max(1, len(stores) - 2)       # one leads, one is free to take the lead
         self._pots = Pots()
         self.add = self._pots.add       # called by who has the lead
         self._lead = threading.Lock()   # who has it reads and chooses; it is kept during calls
@@ -1242,7 +1242,7 @@ class Allocator:
                     time.sleep(0.01)        # an idle worker that has a connection leads instead
                     continue
                 pause = max(0.0, self._moment - monotonic())
-            room = len(self._busy) < self._most_away
+            room = len(self._busy) < self._max_alone
             timeout = pause or self._pots.next_moment(room)
             while self._read(timeout):      # until no more comes: 10 % more IDs/s (wrk -c64)
                 timeout = 0.0
@@ -1943,7 +1943,7 @@ class Server(http.server.ThreadingHTTPServer):
             SENDING: settings.idletimeout, CLOSING: LINGER}
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         others = len(allocator.stores) + 16     # files: database, logs, /proc, one more client
-        self._most = max(1, min(settings.maxconnections, files - others))
+        self._max_connections = max(1, min(settings.maxconnections, files - others))
         self._looked = 0.0
 
     def read(self, timeout):
@@ -1965,10 +1965,10 @@ class Server(http.server.ThreadingHTTPServer):
         return asked
 
     def accept(self):
-        """Accepts all that wait. Where one is too many, the connection that has waited longest goes,
+        """Accepts all that wait. If one is too many, the connection that has waited longest goes,
         and gets its 503 if it waits for an answer; if all are young, the next look comes again."""
         try:
-            for _ in range(self._most + 1 - len(self.connections)):
+            for _ in range(self._max_connections + 1 - len(self.connections)):
                 self.finish_request(*self.get_request())    # makes a Connection
         except BlockingIOError:     # no more of them wait
             return
