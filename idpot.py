@@ -1126,6 +1126,7 @@ class Pots:
                 if single and batch:
                     break
                 self.waiting.remove(pot)
+                pot.moment = now
                 if jobs:
                     batch[pot] = jobs
                 if single:
@@ -1340,7 +1341,6 @@ class Allocator:
         for pot, last in zip(batch, lasts):
             pot.floor = last
             pot.failures = slow
-            pot.moment = monotonic()
             troubles.end(f"pot {pot.name}")
             for job in reversed(batch[pot]):
                 job.answer(last)

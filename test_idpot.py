@@ -2069,14 +2069,19 @@ def asked_all_along(server, request=b"POST /id/none%d HTTP/1.1\r\nHost: x\r\n\r\
     return meanwhile(16, ask)
 
 
+@parametrize("others", [[], [b"POST /id/full HTTP/1.1\r\nHost: %d\r\n\r\n"]], ids=["404", "409"])
 @parametrize("connections", [0, 1, 8], ids=["SQLite", "1", "8"])
-def test_pots_that_are_not_there_hold_up_no_pot_and_no_list(connections, mysql, run):
+def test_pots_that_give_no_id_hold_up_no_pot_and_no_list(connections, others, mysql, run):
     settings = mysql(Connections=connections) if connections else {}
-    server = run(**settings, pot="p")
-    with asked_all_along(server):
+    server = run(**settings, python=python_with(*CLOCK))
+    server.create("full", MAX_ID)
+    assert server.answer("POST", "/id/full")[0] == 409
+    server.path("later").touch()        # a failure puts a pot back for a time
+    with asked_all_along(server, *others):
+        server.create("p")
         for last in range(1, 21):
             assert server.next("p") == last
-            assert server.answer("GET", "/pot") == (200, f"p\t{last}\n")
+            assert server.answer("GET", "/pot") == (200, f"full\t{MAX_ID}\np\t{last}\n")
 
 
 @parametrize("others", [[], [b"GET /id/p HTTP/1.1\r\nHost: %d\r\n\r\n"]], ids=["404", "GET"])
