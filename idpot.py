@@ -98,7 +98,7 @@ class Unauthorized(IdpotError):
 
 
 class Forbidden(Unauthorized):
-    """The request comes from a web page, and lacks the token. To a client this is Unauthorized."""
+    """The request comes from a web page and lacks the bearer token."""
     status = 403
     header = ""
 
@@ -119,7 +119,7 @@ class Exhausted(IdpotError):
 
 
 class Unavailable(IdpotError):
-    """The database cannot issue an ID now, but the same request may succeed later."""
+    """The database cannot issue an ID now. With Retry-After the same request may succeed later."""
     status = 503
     header = "Retry-After: 1\r\n"
 
@@ -148,7 +148,7 @@ class ProbeFailed(IdpotError):
 
 
 class WentBack(IdpotError):
-    """Client: the server issued an ID that is not greater than an ID that it issued before."""
+    """Raised by Client: the server issued an ID that is not greater than an earlier one."""
 
 
 class SettingsError(IdpotError, argparse.ArgumentTypeError):
@@ -161,8 +161,8 @@ class SettingsError(IdpotError, argparse.ArgumentTypeError):
 # A settings file has the format of gcfg, which go-idpot used: [section] and name = value, where a
 # value stands bare or in double quotes. configparser reads the lines, a regular expression checks
 # and unquotes each value, and the converter of the setting makes the value that the program uses.
-# Each converter raises SettingsError or BadRequest with a text that names the value. main() is the
-# only caller, before any other thread runs.
+# Each converter raises SettingsError or BadRequest with a message that names the value. The
+# settings are loaded before any other thread is started, and never change.
 
 T = TypeVar("T")
 
@@ -176,10 +176,10 @@ def quoted(value: str | bytes) -> str:
 
 
 def parse_integer(text: str, minimum: int, maximum: int, name: str = "") -> int:
-    """Return the integer that a text of decimal digits stands for.
+    """Return the integer that a string of decimal digits stands for.
 
     Raises BadRequest, with the name of the value if there is one, unless it is in the range. The
-    greatest number that idpot knows, 2**64 - 1, has 20 digits.
+    largest number in idpot, 2**64 - 1, has 20 digits.
     """
     if re.fullmatch("[0-9]{1,20}", text) and minimum <= int(text) <= maximum:
         return int(text)
@@ -197,7 +197,7 @@ HOST_AND_PORT = re.compile(r"(?:\[(?P<ipv6>[^]]*)\]|(?P<host>[^:\[\]]*))(?::(?P<
 
 
 def parse_address(text: str, default_port: int | None = None) -> Address:
-    """Return the address of a text such as host:port, [IPv6]:port or :port."""
+    """Return the address of a string such as host:port, [IPv6]:port or :port."""
     match = HOST_AND_PORT.fullmatch(text)
     port = default_port
     if match and match["port"]:
@@ -217,8 +217,9 @@ def parse_seconds(text: str) -> float:
 def parse_token(text: str) -> str:
     """Return a bearer token.
 
-    An empty one is an error, because without a token the server is open to everybody. So are blanks
-    at its ends, which no header field can carry, and single quotes, which quote nothing here.
+    An empty one is an error, because without a token the server is open to everybody. So is white
+    space at either end, which no header field can carry. Single quotes there are an error because
+    their author took them for quotes, which they are not in this format.
     """
     if not text or re.search(r"^[\s']|[\s']\Z", text):
         raise SettingsError("it is empty, or begins or ends with a space or a single quote: put "
@@ -243,7 +244,8 @@ class Dsn:
     ignored: str = ""                   # names of parameters that idpot does not know
 
 
-# The password is everything up to the last "@" that an address can follow.
+# The password is greedy: it ends at the last "@" after which the rest of the pattern matches. So it
+# may contain any of "@:/()?&".
 DSN = re.compile(
     r"(?:(?P<user>[^:]*)(?::(?P<password>.*))?@)?"
     r"(?P<net>tcp[46]?|unix)?(?:\((?P<inside>.*)\))?"
@@ -257,7 +259,8 @@ def tcp_server(host: str, port: int) -> ServerAddress:
 def parse_dsn(text: str) -> Dsn:
     """Return the parts of a DSN of go-sql-driver/mysql.
 
-    The texts of its errors contain nothing that may be a part of the password.
+    No error message contains a part of the password: they quote only what stands within the
+    parentheses, or the value of tls, and both are behind the password.
     """
     match = DSN.fullmatch(text)
     if not match:
@@ -290,14 +293,15 @@ DEFAULT_LISTEN = Address("127.0.0.1", 8080)
 class Settings:
     """The settings, with their defaults. Each annotation has the type, the section, the converter.
 
-    In the file a name has no underscores, and may be in any letter case. No two sections have a
-    name in common, so that a name alone identifies a setting.
+    SETTINGS, below, is made of these annotations. In the file a name has no underscores and may be
+    in any letter case. No name occurs in two sections, so a name alone identifies a setting.
     """
     listen: Annotated[Address, "Server", parse_address] = DEFAULT_LISTEN
     log_file: Annotated[str, "Server", str] = ""            # a strftime pattern; "" means stderr
     log_link_name: Annotated[str, "Server", str] = ""       # a symlink to the newest log file
     token: Annotated[str, "Server", parse_token] = ""       # needed for all but /healthz
-    admin_token: Annotated[str, "Server", parse_token] = ""         # for create and raise
+    admin_token: Annotated[str, "Server", parse_token] = ""         # for create and raise; without
+                                                            # it load_settings() sets it to token
     timeout: Annotated[float, "Server", parse_seconds] = 10.0       # for the database, then 503
     request_timeout: Annotated[float, "Server", parse_seconds] = 10.0   # to arrive, then 408
     idle_timeout: Annotated[float, "Server", parse_seconds] = 60.0      # between requests
@@ -314,8 +318,7 @@ class Settings:
 
     file: Annotated[str, "Sqlite", str] = "idpot.db"
 
-    # Without an annotation as above this is not a setting, but whether the file has [Mysql].
-    uses_mysql: bool = False
+    uses_mysql: bool = False    # whether the file has a section [Mysql]; no setting itself
 
     @property
     def dsn(self) -> Dsn:
@@ -342,8 +345,10 @@ UNESCAPED = {'"': "", r"\"": '"', r"\\": "\\", r"\n": "\n", r"\t": "\t"}
 
 
 def read_settings(path: str) -> tuple[configparser.RawConfigParser, dict[str, tuple[int, str]]]:
-    """Return the sections of a settings file; and of each name in it, in lower case, the number of
-    its line and how it is spelled there."""
+    """Return the sections of a settings file, and the places of the names in it.
+
+    The places map each name in lower case to the number of its line and to its spelling there.
+    """
     reader = configparser.RawConfigParser(
         delimiters="=", comment_prefixes=(";", "#"), default_section="")
     reader.SECTCRE = SECTION
@@ -351,10 +356,12 @@ def read_settings(path: str) -> tuple[configparser.RawConfigParser, dict[str, tu
         with open(path, encoding="utf-8-sig") as file:
             # To configparser an indented line would continue the value above it.
             lines = [line.strip() for line in file]
-        # Sections are compared without regard to case: [MYSQL] becomes [Mysql].
+        # Section names may be in any letter case: [MYSQL] becomes [Mysql]. A comment on the same
+        # line is changed, too, which does not matter.
         reader.read_file([line.title() if line.startswith("[") else line for line in lines], path)
     except OSError as error:
-        raise SettingsError(f"{path or quoted(path)}: {error.strerror}")    # "" if it is empty
+        shown_path = path or '""'       # --config= without a file
+        raise SettingsError(f"{shown_path}: {error.strerror}")
     except UnicodeDecodeError:
         raise SettingsError(f"{path}: the file is not in UTF-8")
     except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
@@ -463,14 +470,14 @@ class Metrics:
         with self._lock:
             self._counters[series] += amount
 
-    def add_responses(self, labels: Iterable[str], durations: Iterable[float]) -> None:
-        """Count responses, given the labels and the duration in seconds of each."""
+    def add_responses(self, label_sets: Iterable[str], durations: Iterable[float]) -> None:
+        """Count responses, given the set of labels and the duration in seconds of each."""
         ordered = sorted(durations)     # a bucket counts all that are not greater than its limit
         added: dict[str, float] = {
             series: bisect.bisect_right(ordered, limit) for series, limit in BUCKETS.items()}
         added[f"{DURATION}_sum"] = sum(ordered)
         added[f"{DURATION}_count"] = len(ordered)
-        for label_set, number in collections.Counter(labels).items():
+        for label_set, number in collections.Counter(label_sets).items():
             added[f"idpot_http_requests_total{{{label_set}}}"] = number
         with self._lock:
             for series, amount in added.items():
@@ -512,11 +519,11 @@ class Incidents:
     """The faults that last, each under its subject: a database, a pot, or the access log.
 
     Whoever meets a fault calls open() each time. The first call logs it, and further calls do
-    nothing until resolve(), which logs that the subject has recovered. An incident that was
-    resolved and comes back within QUIET_INTERVAL is logged only if it is still there after that:
-    conflicts in a cluster, for example, come and go.
+    nothing until resolve(), which logs that the subject has recovered. For QUIET_INTERVAL after it
+    was logged, an incident that comes back is not logged again. So those that come and go, as
+    conflicts in a cluster do, do not flood the log.
     """
-    QUIET_INTERVAL = 30.0       # seconds after a line on a subject
+    QUIET_INTERVAL = 30.0       # seconds
 
     def __init__(self) -> None:
         self._lock = threading.Lock()       # makes "look whether it is open, then open it" one step
@@ -524,7 +531,10 @@ class Incidents:
         self._quiet_until: dict[str, float] = {}    # subject -> point in time; kept when resolved
 
     def open(self, subject: str, text: str, level: int = logging.WARNING) -> None:
-        """Log the text, unless the incident is open or was logged a short time ago."""
+        """Log the text, unless the incident is open or was logged within QUIET_INTERVAL.
+
+        The line begins with the subject, which is prepended if the text does not begin with it.
+        """
         with self._lock:
             now = monotonic()
             if subject in self._open or now < self._quiet_until.get(subject, now):
@@ -602,9 +612,9 @@ class StrftimeFileHandler(logging.Handler):
 
 
 def is_journald_on_stderr() -> bool:
-    """Whether stderr goes to journald, by systemd.exec(5).
+    """Whether stderr goes to journald (systemd.exec(5)).
 
-    A process may have inherited the variable together with another stderr, so the file is compared.
+    The variable alone does not say so: a child inherits it even if its stderr goes elsewhere.
     """
     status = os.fstat(2)
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
@@ -615,7 +625,7 @@ class StderrFormatter(logging.Formatter):
 
     journald adds the time itself, and wants the priority before each line (sd-daemon(3)).
     """
-    PRIORITIES = {logging.INFO: "<6>", logging.WARNING: "<4>", logging.ERROR: "<3>"}
+    PRIORITIES = {logging.INFO: "<6>", logging.WARNING: "<4>", logging.ERROR: "<3>"}    # all used
 
     def format(self, record: logging.LogRecord) -> str:
         text = record.getMessage()
@@ -652,6 +662,7 @@ def start_logger(logger: logging.Logger, handler: logging.Handler) -> None:
     """Start the thread that writes what is logged by the logger. Raises IdpotError if it cannot."""
     records: queue.Queue[logging.LogRecord] = queue.Queue()
     try:
+        # Its thread is a daemon that ends with the process; before that drain_logs() waits for it.
         logging.handlers.QueueListener(records, handler).start()
     except RuntimeError as error:       # "can't start new thread": a limit of the system
         raise IdpotError(f"the thread of a log cannot be started: {error}")
@@ -695,8 +706,8 @@ class Claim(NamedTuple):
 
 
 class Store(Protocol):
-    """Pots in a database. For another database, write such a class, add its section to Settings,
-    and choose it in run().
+    """Pots in a database. To support another database, write such a class, add its section to
+    Settings, and choose it in run().
 
     Each method may raise these errors, which say who has to act:
 
@@ -705,9 +716,10 @@ class Store(Protocol):
     - PotUnusable: an operator, who has to repair the pot.
     - DatabaseUnusable: an operator, who has to repair the database.
 
-    An error that concerns one pot leaves `is_connected` true; the allocator tells by that whether a
-    pot or the database is at fault. A method that has used the database successfully resolves the
-    incident of the database.
+    The allocator calls current() of a pot before its first take(). If a call for one pot alone
+    fails and leaves `is_connected` true, the allocator takes it for a fault of that pot, else for
+    one of the database. A store counts idpot_db_seconds_total and idpot_db_errors_total, and
+    resolves the incident of the database whenever a statement has succeeded.
     """
     subject: str        # the name of the database in the log
 
@@ -721,7 +733,10 @@ class Store(Protocol):
 
     @property
     def was_slow(self) -> bool:
-        """Whether the last take() was delayed by its pots, and not by a slow or far database."""
+        """Whether the last successful take() was much slower than the database usually is.
+
+        Then its pots are the cause, not a slow database or a long way to it.
+        """
 
     def start(self) -> str:
         """Prepare the database; return a description of it for the log.
@@ -736,7 +751,7 @@ class Store(Protocol):
         """Ensure that there is a connection to a server that can issue IDs, as far as is known."""
 
     def take(self, claims: Sequence[Claim], nowait: bool = False) -> list[int]:
-        """Take IDs for all claims, which are of different pots, in one call.
+        """Take IDs for all claims, of MAX_BATCH_POTS different pots at most, in one call.
 
         Returns the last, greatest ID of each. If one claim fails, the call fails, though counters
         may have moved: the caller then takes each by itself. If the counter of a single claim is
@@ -759,7 +774,8 @@ class Store(Protocol):
     def check(self, pot: str) -> None:
         """Raise Unavailable unless an ID could be issued now.
 
-        With a pot, try that one; an error that concerns this pot alone is ignored. "" is no pot.
+        Try that pot, unless the name is empty. A pot that does not exist or is unusable is not
+        reported, but one that is locked is, since a locked database looks the same.
         """
 
     def close(self) -> None:
@@ -897,11 +913,11 @@ class SqliteStore:
         self._check_file()
         yield from sorted(self._counters.items())
 
-    def check(self, pot: str) -> None:      # whichever pot it is, the file is the same
+    def check(self, pot: str) -> None:      # all pots are in one file
         self._write({}, self.WRITE_NOTHING)
 
     def close(self) -> None:
-        self._connection.close()    # folds the journal into the file
+        self._connection.close()    # moves the WAL journal into the file
 
 
 # ------------------------------------------------------------------------------- MySQL and MariaDB
@@ -937,8 +953,8 @@ REJECTED = PotUnusable, (
     'the database does not let pot "{}" be created or written (error {})')
 NO_GREATER_NUMBER = Exhausted, 'pot "{}" is exhausted: its table holds no greater number'
 
-# Errors that concern one pot, after which the connection remains usable: the kind of our error, and
-# its text, into which the pot and the number are filled.
+# Errors that concern one pot, after which the connection remains usable. Each becomes an error of
+# that kind with that text, in which the first {} is the pot and the second one the number.
 POT_ERRORS: dict[int, tuple[type[IdpotError], str]] = {
     1054: (PotUnusable, 'the table of pot "{}" has no column id'),
     1062: (Exists, 'pot "{}" exists'),
@@ -969,7 +985,7 @@ SHOW_STATE = (
     "SHOW VARIABLES WHERE Variable_name LIKE '%read\\_only' OR Variable_name IN "
     "('wsrep_on', 'wsrep_provider', 'binlog_format', 'group_replication_group_name')")
 SHOW_GALERA_READY = "SHOW GLOBAL STATUS WHERE Variable_name = 'wsrep_ready'"
-# The state and the role of this member, the number of unreachable members, and of all members.
+# One row: the state and role of this member, the number of unreachable members, and that of all.
 SELECT_GROUP = (
     "SELECT MAX(IF(member_id = @@server_uuid, "
     "CONCAT_WS(' ', member_state, NULLIF(member_role, '')), '')), "
@@ -977,7 +993,7 @@ SELECT_GROUP = (
     "FROM performance_schema.replication_group_members")
 SELECT_ENGINES = (
     "SELECT LOWER(engine) FROM information_schema.engines WHERE support IN ('YES', 'DEFAULT')")
-# Lets an UPDATE match no row on a server that has become read-only: accounts with many privileges
+# A condition for UPDATE, which matches no row on a server that has become read-only: some accounts
 # may write to it nevertheless. From MariaDB 12 on the variable is an enumeration, hence CHAR. With
 # binlog_format=STATEMENT the condition is left out, since the server would warn of each such
 # statement; then the check of the state every second is the only guard.
@@ -989,8 +1005,8 @@ NOWAIT = "/*M!100300 SET STATEMENT lock_wait_timeout=0, innodb_lock_wait_timeout
 REPLY_TIMEOUT = 3           # seconds to connect or for a reply: longer than two waits for locks
 STATE_MAX_AGE = 1.0         # seconds for which the state of a server is believed
 MAX_IDLE = 60.0             # seconds; a connection unused for longer may be cut by a firewall
-SLOW_CALL = 0.2             # seconds of a take; if it needs more than this, and more than
-SLOW_RATIO = 3              # this many times the latency of the server, its pots are slow
+SLOW_CALL = 0.2             # seconds; a take is slow if it needs more than this, ...
+SLOW_RATIO = 3              # ... and more than this many times the latency of the server
 DURABLE_ENGINES = ("innodb", "aria", "rocksdb")     # they survive a power loss
 
 Row = tuple[Any, ...]       # a row of a query: the driver returns what the columns hold
@@ -1034,8 +1050,9 @@ def import_driver() -> Any:     # the module: mypy has no types of an optional p
 class MysqlServers:
     """What the connections of the process share.
 
-    `number` is the number of the server in use. It counts on with each failover: server n has the
-    address n modulo the number of addresses.
+    `generation` counts the failovers. The server in use is the one at the index
+    `generation % len(addresses)`. When a worker fails over, the others notice it at their next
+    connect(): they close their connections and use the new server, too.
 
     `cluster` is the name of the cluster that the servers belong to, from the first server that was
     in one. It never changes in the life of the process: a server that was started outside its
@@ -1047,19 +1064,20 @@ class MysqlServers:
 
     def __init__(self, addresses: Sequence[ServerAddress]) -> None:
         self.addresses = addresses
-        self.number = 0
+        self.generation = 0
         self.cluster = ""
         self.engines: dict[str, str] = {}
-        self._lock = threading.Lock()       # makes "compare the number, then count on" one step
+        self._lock = threading.Lock()       # makes "compare the generation, then count" one step
 
-    def give_up(self, number: int) -> None:
-        """Let all connections use the next server, unless that number is not in use any more.
+    def fail_over(self, generation: int) -> None:
+        """Let all connections use the next server, unless they have left that generation already.
 
-        Two workers whose calls fail at once give up the same server, and move on by one.
+        So two workers that fail at the same time move on by one server. If there is only one
+        address, all connections to it are made anew.
         """
         with self._lock:
-            if self.number == number:
-                self.number += 1
+            if self.generation == generation:
+                self.generation += 1
 
 
 class MysqlConnection:
@@ -1072,7 +1090,7 @@ class MysqlConnection:
         self._engine = settings.engine      # of new pots
         self._tls = dsn.tls
         self._connection: DriverConnection | None = None
-        self._number = 0            # of the server that the connection was made to
+        self._generation = 0        # MysqlServers.generation when the connection was made
         self._checked_at = 0.0      # when the server was last found to be able to issue IDs
         self._latency = 0.0         # seconds that it took to reply then
         self.unless_read_only = ""  # UNLESS_READ_ONLY if this server lets statements ask that
@@ -1101,30 +1119,31 @@ class MysqlConnection:
     def connect(self, max_age: float = STATE_MAX_AGE) -> None:
         """Ensure a connection to a server whose state was checked at most `max_age` seconds ago.
 
-        Opens a new connection if that fails. Tries each address once, beginning with the server in
-        use. If none is of use, raises DatabaseUnusable if all of them need an operator, else
-        Transient. The client gets the text of the first address, and the log that of each.
+        If there is none, or if the check fails, opens a new one. Tries each address once, beginning
+        with the server in use. If no server can be used, raises DatabaseUnusable if all of them
+        need an operator, else Transient. The client gets the message of the first one, and the log
+        gets all messages.
         """
         now = monotonic()
-        if self._number != self._servers.number or now > self._checked_at + MAX_IDLE:
+        if self._generation != self._servers.generation or now > self._checked_at + MAX_IDLE:
             self.close()
         if self.is_open and now > self._checked_at + max_age:
-            with suppress(Unavailable):         # call() has closed the connection
+            with suppress(Unavailable):     # call() has closed the connection, so go on below
                 self.call(self.check_server)
         addresses = self._servers.addresses
         errors: list[Unavailable] = []      # one for each address that was tried
         while not self.is_open:
-            self._number = self._servers.number
-            name, arguments = addresses[self._number % len(addresses)]
+            self._generation = self._servers.generation
+            name, arguments = addresses[self._generation % len(addresses)]
             try:
                 self.call(self._open, arguments)
             except Unavailable as error:
                 error.detail = f"{name}: {error.detail}"
                 errors.append(error)
-                # A single address is given up only if it is silent: see call(). Else other workers
-                # may have good connections to it, which they would close.
+                # With a single address the others keep their connections, which may be good: a
+                # server may refuse new ones. If it is silent, call() has failed over.
                 if len(addresses) > 1:
-                    self._servers.give_up(self._number)
+                    self._servers.fail_over(self._generation)
             if len(errors) == len(addresses):
                 is_permanent = all(isinstance(error, DatabaseUnusable) for error in errors)
                 kind = DatabaseUnusable if is_permanent else Transient
@@ -1152,12 +1171,12 @@ class MysqlConnection:
                 kind, text = POT_ERRORS[number]
                 raise kind(text.format(pot, number))
             self.close()
-            # A server that is silent until the timeout is given up by all connections, since the
+            # If the server was silent until the timeout, all connections fail over, since the
             # others would wait as long. 2000 to 2999 are the driver's own errors, and 3024 is its
             # read_timeout; other numbers are replies of the server.
             is_silent = 2000 <= number < 3000 or number == 3024
             if is_silent and monotonic() > start + 0.9 * REPLY_TIMEOUT:
-                self._servers.give_up(self._number)
+                self._servers.fail_over(self._generation)
             raise self._translate(error, number)
         finally:
             metrics.add("idpot_db_seconds_total", monotonic() - start)
@@ -1176,8 +1195,9 @@ class MysqlConnection:
 
     def _open(self, arguments: Mapping[str, str | int]) -> None:
         """Connect to a server and prepare the session."""
-        # Without autocommit=True the driver begins with autocommit off, and SET_SESSION switches it
-        # on. Only this change commits a transaction that the server's init_connect has begun.
+        # The server's init_connect may have begun a transaction. To switch autocommit from off to
+        # on commits it; to set it on while it is on does not. The driver switches it off unless
+        # autocommit=True is passed, and SET_SESSION switches it on.
         self._connection = self._driver.connect(**self._arguments, **arguments)
         self.execute(SET_SESSION)
         if self._tls == "skip-verify" and not self.query("SHOW STATUS LIKE 'Ssl_cipher'")[0][1]:
@@ -1207,7 +1227,10 @@ class MysqlConnection:
         return [Reply(result["affected_rows"], result["insert_id"]) for result in results]
 
     def check_server(self) -> None:
-        """Raise Transient if the server cannot issue IDs now, DatabaseUnusable if it never can."""
+        """Raise Transient if the server cannot issue IDs now, DatabaseUnusable if it never can.
+
+        It is run by call(), which closes the connection if it raises.
+        """
         now = monotonic()
         state: dict[str, str] = dict(self.query(SHOW_STATE))
         self._latency = monotonic() - now
@@ -1222,7 +1245,8 @@ class MysqlConnection:
         if group:
             self._check_group_member()
         elif cluster or state.get("wsrep_provider", "none") not in ("", "none"):
-            # A node that replicates is ready. wsrep_on tells it of this session. They must agree.
+            # wsrep_ready says whether the node replicates, and wsrep_on whether this session does.
+            # If only one of them does, IDs would be issued independently of the other nodes.
             is_ready = self.query(SHOW_GALERA_READY) == [("wsrep_ready", "ON")]
             if is_ready != bool(cluster):
                 raise Transient(f"{CANNOT_SERVE}: the Galera node is not ready (error 1047), or "
@@ -1265,7 +1289,7 @@ class MysqlConnection:
         self.was_slow = self._is_slow(seconds)      # compared with the present latency
         assert self._connection
         if (len(replies) != len(statements) or self._connection.in_transaction
-                or self._number != self._servers.number):
+                or self._generation != self._servers.generation):
             self.close()
             raise Transient(f"{CANNOT_SERVE}: its reply is not whole, not committed, or too late")
         return replies
@@ -1283,10 +1307,10 @@ class MysqlConnection:
 class MysqlStore:
     """Pots in MySQL or MariaDB, each a table `pot_NAME (id BIGINT UNSIGNED NOT NULL)` with one row.
 
-    These are go-idpot's tables, and both servers may use them at once. InnoDB's tables have a key
-    `one` besides, which never changes. A key on `id` would leave a dead record at each update, and
-    later updates become slower while anybody holds a read view. The key also keeps two nodes of a
-    cluster from both inserting a row.
+    These are go-idpot's tables, and both servers may use them at once. InnoDB tables also have a
+    primary key, the column `one`, whose value never changes. With `id` as the key each update would
+    leave a deleted record, and later updates would become slower while anybody holds a read view.
+    The key also keeps two nodes of a cluster from both inserting a row.
     """
 
     @classmethod
@@ -1315,7 +1339,8 @@ class MysqlStore:
     def start(self) -> str:
         try:
             self.probe()
-        except Transient as error:      # the database may come later; other errors end the process
+        except Transient as error:
+            # The database may come later; its warnings are left out then. Other errors are final.
             incidents.open(self.subject, f"{error.detail}: waiting for it; requests get 503 until "
                                          "then")
         return f"{self.subject}/{self._settings.dsn.database}, {self._settings.engine}"
@@ -1329,7 +1354,7 @@ class MysqlStore:
         if engine.lower() not in DURABLE_ENGINES:
             log.warning("Engine %s does not survive a power cut: IDs of the last half minute may "
                         "come again; InnoDB loses none", engine)
-        return f"{self.subject} is reached"
+        return f"{self.subject} can be reached"
 
     def connect(self, max_age: float = STATE_MAX_AGE) -> None:
         self._connection.connect(max_age)
@@ -1354,10 +1379,11 @@ class MysqlStore:
         pots = sorted(values)
         prefix = NOWAIT if nowait else ""
         statements = [f"{prefix}UPDATE `pot_{pot}` SET id = {values[pot]}" for pot in pots]
-        # The server may have become read-only since it was checked. It is enough that the last
-        # statement asks: if it could be written then, it could be written before.
+        # The server may have become read-only since it was checked. The condition in the last
+        # statement is enough: a server that was writable then was writable before.
         statements[-1] += self._connection.unless_read_only
-        # The allocator reads each pot before it takes from it. Since then the engine is known.
+        # The engine is known from current(), which the allocator calls first. If somebody alters it
+        # meanwhile, the call is still correct: each UPDATE takes effect by itself then.
         in_transaction = (
             len(pots) > 1 and {self._servers.engines.get(pot) for pot in pots} == {"InnoDB"})
         if in_transaction:
@@ -1384,8 +1410,9 @@ class MysqlStore:
             last_id = last_ids[pot]
             if last_id >= floor + size:
                 continue
-            # The counter was below the floor. It is raised if this is the only claim; the worker
-            # then takes again. raise_to() raises PotUnusable if the table cannot be repaired so.
+            # The counter was below the floor, or a trigger has hidden it, which gives 0. If this is
+            # the only claim the counter is raised, and the worker takes again. raise_to() raises
+            # PotUnusable if that is impossible.
             if len(claims) == 1:
                 self.raise_to(pot, floor)
                 if last_id:
@@ -1463,10 +1490,13 @@ class MysqlStore:
 
 # -------------------------------------------------------------------------------------- allocation
 #
-# The allocator turns the requests that wait at the same time into one call of the database. Each
-# request becomes a Job in the queue of its pot. A worker takes up to MAX_BATCH_POTS pots with jobs,
-# adds up how many IDs the jobs of each want, has its store take them all in one call, and completes
-# the jobs in the order in which they arrived.
+# The allocator turns the requests that wait at the same time into one call of the database.
+#
+# Words. An Operation is what a request asks for. A Job is an operation that waits in the queue of
+# its pot. A batch is a set of pots that are served together: a worker adds up how many IDs the jobs
+# of each pot want, which makes a Claim per pot, its store takes all claims in one call, and the
+# worker completes the jobs. The counter is what the database holds for a pot: the last ID that was
+# issued, by whomever. The floor is the highest ID that this process has issued or reported.
 #
 # Threads. Each worker is a thread that owns one store, and so one database connection, for life.
 # The workers follow the Leader/Followers pattern (Schmidt et al., 2000). One of them, the leader,
@@ -1483,15 +1513,15 @@ class MysqlStore:
 #
 # For a moment there can be two readers: a leader that has lost the lead notices it only when its
 # call returns. That is safe. The kernel reports an event of a connection to one of them only (see
-# the section on connections), and Pots.next_batch() hands out a pot to one of them only.
+# the section on connections), and Scheduler.next_batch() hands out a pot to one of them only.
 
 MAX_BATCH_POTS = 64
 LEADER_CALL_LIMIT = 0.1     # seconds of a call, after which the main thread takes the lead away
 RECONNECT_INTERVAL = 0.1    # seconds between attempts of the process to connect
 MAX_FAILURES = 7            # in a row that are counted, for the backoff
 POLL_INTERVAL = 0.2         # seconds that the leader waits for requests at most
-# Operations that concern no pot queue under these names, which no pot can have. The counter of such
-# a "pot" is never read. So ALL_POTS is always isolated, as a list that may be long has to be.
+# Operations that concern no pot queue under these names, which no pot can have. Since such a "pot"
+# has no counter that could be read, ALL_POTS is always isolated: its list may take long.
 ALL_POTS = "all pots"
 HEALTH_CHECK = "health check"
 
@@ -1499,7 +1529,7 @@ Result = int | str          # an ID or a counter; or the text of a list
 BodyFormat = Callable[["Operation", Result], bytes]
 
 
-class Kind(enum.Enum):
+class OperationKind(enum.Enum):
     """What an operation does.
 
     Operations of one kind that wait for the same pot share one call. Creates and raises do not: of
@@ -1522,17 +1552,17 @@ def format_result(operation: "Operation", result: Result) -> bytes:
 @dataclass(frozen=True)
 class Operation:
     """What a request asks of a pot, and how the result becomes the response."""
-    kind: Kind
+    kind: OperationKind
     pot: str
     count: int = 0          # of a TAKE: how many IDs
-    minimum: int = 0        # of a CREATE or a RAISE: what the counter is at least
+    minimum: int = 0        # of a CREATE or a RAISE: the least value of the counter
     status: int = 200       # of the response
     format_body: BodyFormat = format_result
     timeout: float | None = None        # seconds, if it is not the setting Timeout
 
 
 class Waiter(Protocol):
-    """Who waits for a job: a connection."""
+    """Whatever waits for a job: a connection."""
 
     def on_complete(self, operation: Operation, outcome: "Result | IdpotError") -> None: ...
 
@@ -1545,7 +1575,8 @@ class Job:
     thread when the deadline has passed. Only the first one calls the waiter. From then on that
     thread owns the connection that was waiting.
     """
-    reason = "the database did not answer in"       # the beginning of the error at the timeout
+    # The beginning of the message at the timeout, to which time_out() adds the seconds.
+    reason = "the database did not answer in"
 
     def __init__(self, operation: Operation, waiter: Waiter, timeout: float = 10.0) -> None:
         self.operation = operation
@@ -1573,23 +1604,23 @@ class Job:
 
 
 def queue_order(job: Job) -> float:
-    """The sort key of the jobs of a failing pot: a read goes as if it had come a second earlier.
+    """The sort key of the jobs of a failing pot: a take is put behind the reads of a second.
 
     A table that cannot be written, say because it is locked for a backup, can often be read.
     """
-    return job.queued_at + (job.operation.kind is Kind.TAKE)
+    return job.queued_at + (job.operation.kind is OperationKind.TAKE)
 
 
-class Pot:
-    """The queue of one pot, and what this process knows about its counter.
+class PotQueue:
+    """The jobs of one pot, and what this process knows about its counter.
 
-    A pot with jobs is either in Pots.waiting or with exactly one worker, which serves it. Only that
-    worker writes `floor`, `failures`, `was_slow` and `due_at`, so these need no lock. `jobs` is
-    guarded by the lock of Pots.
+    A pot with jobs is either in Scheduler.ready or with exactly one worker, which serves it. Only
+    that worker writes `floor`, `failures` and `was_slow`, and it writes `due_at`, so these need no
+    lock. `jobs` is guarded by the lock of Scheduler.
 
     A pot is healthy or isolated. The leader serves healthy pots together. An isolated pot is served
-    by itself, by a worker that does not lead, and not before `due_at`. A take that succeeds makes a
-    pot healthy; for a pot that was only never read, the read is enough.
+    by itself, by a worker that does not lead, and not before `due_at`. A pot is isolated until its
+    counter has been read, and again from a failed or slow call until the next successful take.
     """
 
     def __init__(self, name: str) -> None:
@@ -1613,47 +1644,50 @@ class Pot:
 
     @property
     def is_suspect(self) -> bool:
-        """Whether one call has failed, of which another pot may have been the cause.
+        """Whether one call has failed. If it was for several pots, another one may be the cause.
 
-        The next call must not wait for locks then, so that many suspects are soon told apart.
+        The next call must not wait for a lock then, so that the cause is soon found.
         """
         return self.failures == 1
 
     def next_jobs(self) -> list[Job]:
-        """Return the jobs to serve next: the first one, and those that share its call."""
+        """Return the jobs to serve next: the first one, and those that share its call.
+
+        The caller holds the lock of Scheduler.
+        """
         if self.failures:
             self.jobs.sort(key=queue_order)
         if not self.jobs:
             return []
         kind = self.jobs[0].operation.kind
-        if kind in (Kind.CREATE, Kind.RAISE):
+        if kind in (OperationKind.CREATE, OperationKind.RAISE):
             return self.jobs[:1]
         return [job for job in self.jobs if job.operation.kind is kind]
 
 
-Batch = dict[Pot, list[Job]]        # the pots of one call, each with the jobs that it serves
+Batch = dict[PotQueue, list[Job]]        # the pots of one call, each with the jobs that it serves
 
 
-class Pots:
-    """All pots that have jobs, and those whose counter was read."""
+class Scheduler:
+    """Decides which pots are served next. It knows all pots with jobs, and all that were read."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()       # guards this object and the jobs of the pots
-        self.known: dict[str, Pot] = {}     # by name
-        self.waiting: list[Pot] = []        # those with jobs that no worker serves; oldest first
+        self.pots: dict[str, PotQueue] = {}     # by name
+        self.ready: list[PotQueue] = []     # those with jobs that no worker serves; oldest first
         self._isolated_are_next = False     # isolated and healthy pots take turns
 
     def add(self, job: Job) -> None:
         """Queue a job."""
         name = job.operation.pot
         with self._lock:
-            pot = self.known.get(name)
+            pot = self.pots.get(name)
             if not pot:
-                pot = self.known[name] = Pot(name)
+                pot = self.pots[name] = PotQueue(name)
             # A pot that a worker serves keeps the jobs of the batch. So an empty queue means that
             # no worker has the pot.
             if not pot.jobs:
-                self.waiting.append(pot)
+                self.ready.append(pot)
             pot.jobs.append(job)
 
     def next_batch(self, can_serve_isolated: bool) -> Batch:
@@ -1668,10 +1702,10 @@ class Pots:
             for pot in self._candidates(now, can_serve_isolated)[:MAX_BATCH_POTS]:
                 self._remove_completed_jobs(pot)
                 jobs = pot.next_jobs()
-                is_take = not jobs or jobs[0].operation.kind is Kind.TAKE
+                is_take = not jobs or jobs[0].operation.kind is OperationKind.TAKE
                 if batch and not is_take:
                     break       # it is the first of a later batch
-                self.waiting.remove(pot)
+                self.ready.remove(pot)
                 pot.due_at = now
                 if jobs:
                     batch[pot] = jobs
@@ -1679,26 +1713,26 @@ class Pots:
                     break
         return batch
 
-    def _candidates(self, now: float, can_serve_isolated: bool) -> list[Pot]:
+    def _candidates(self, now: float, can_serve_isolated: bool) -> list[PotQueue]:
         """Return the healthy pots, the oldest first; or, every other time, one isolated pot."""
-        healthy = [pot for pot in self.waiting if not pot.is_isolated]
+        healthy = [pot for pot in self.ready if not pot.is_isolated]
         due = []
-        if can_serve_isolated and len(healthy) < len(self.waiting):
-            due = [pot for pot in self.waiting if pot.is_isolated and pot.due_at <= now]
+        if can_serve_isolated and len(healthy) < len(self.ready):
+            due = [pot for pot in self.ready if pot.is_isolated and pot.due_at <= now]
         self._isolated_are_next = not self._isolated_are_next
         if due and (self._isolated_are_next or not healthy):
-            # With each failure in a row a pot goes as if it had become due a second later.
+            # Each failure in a row puts a pot behind those that become due within a second.
             return [min(due, key=lambda pot: pot.due_at + pot.failures)]
         return healthy
 
-    def _remove_completed_jobs(self, pot: Pot) -> None:
+    def _remove_completed_jobs(self, pot: PotQueue) -> None:
         """Remove jobs that were completed. Forget a pot that has no jobs and was never read.
 
         Clients may ask for any name, and the memory must not grow by that.
         """
         pot.jobs = [job for job in pot.jobs if job.is_waiting]
         if not pot.jobs and pot.floor is None:
-            del self.known[pot.name]
+            del self.pots[pot.name]
 
     def put_back(self, batch: Batch) -> None:
         """Take back the pots that next_batch() handed out."""
@@ -1706,19 +1740,19 @@ class Pots:
             for pot in batch:
                 self._remove_completed_jobs(pot)
                 if pot.jobs:
-                    self.waiting.append(pot)
+                    self.ready.append(pot)
 
     def seconds_until_due(self, can_serve_isolated: bool) -> float:
         """Return the time until a pot that waits is to be served, POLL_INTERVAL at most."""
         now = monotonic()
         with self._lock:
             delays = [pot.due_at - now if pot.is_isolated else 0.0
-                      for pot in self.waiting if can_serve_isolated or not pot.is_isolated]
+                      for pot in self.ready if can_serve_isolated or not pot.is_isolated]
         return max(0.0, min([POLL_INTERVAL, *delays]))
 
     def all_jobs(self) -> list[Job]:
         with self._lock:
-            return [job for pot in self.known.values() for job in pot.jobs]
+            return [job for pot in self.pots.values() for job in pot.jobs]
 
 
 NOT_BUSY = math.inf         # a point in time that never is in the past
@@ -1776,25 +1810,25 @@ class Leadership:
 class Allocator:
     """The workers, and the pots that they serve.
 
-    start() sets two functions of the server. handle_events(timeout) waits for events of clients,
-    handles them, and adds the jobs of their requests; it returns whether it has added any.
+    start() is given two functions of the server. handle_events(timeout) waits for events of
+    clients, handles them, and adds the jobs of their requests; it returns whether it has added any.
     wake_up() makes it return at once.
     """
 
     def __init__(self, stores: Sequence[Store], hang_limit: float = 60.0) -> None:
         self._hang_limit = hang_limit       # seconds of one batch, after which a worker hangs
         self._workers = [Worker(store, self._run_worker) for store in stores]
-        # Isolated pots are served while fewer workers than this are busy with anything. So one can
-        # lead, and one more is free to acquire the lead.
+        # Isolated pots are served while fewer workers than this are busy. So one can lead, and one
+        # more is free to acquire the lead.
         self._isolation_limit = max(1, len(stores) - 2)
-        self._pots = Pots()
+        self._scheduler = Scheduler()
         self._leadership = Leadership()
         # The workers write these without a lock. Each is one value, and any recent one will do.
         self._last_issued_pot = ""      # for the health check: the pot of the last take
         self._last_claimed_pot = ""     # the pot of the last attempt to take
         self._reconnect_at = 0.0        # point in time: no worker tries to connect before it
         self._is_stopped = False
-        self.add = self._pots.add       # handle_events() calls it
+        self.add = self._scheduler.add       # handle_events() calls it
 
     def start(
         self, handle_events: Callable[[float], bool], wake_up: Callable[[], object]
@@ -1827,8 +1861,8 @@ class Allocator:
     def count_connections(self) -> int:
         return sum(worker.store.is_connected for worker in self._workers)
 
-    # What a worker does, from the outermost level to the innermost. An exception that no code
-    # expects ends the process: see end_process().
+    # What a worker does, from the outermost level to the innermost. An unexpected exception ends
+    # the process: see end_process().
 
     def _run_worker(self, worker: Worker) -> None:
         """Wait for the lead, then read and serve, until the process stops."""
@@ -1838,9 +1872,9 @@ class Allocator:
             elif not worker.store.is_connected and any(
                     other.store.is_connected and other.busy_since == NOT_BUSY
                     for other in self._workers):
-                # An idle worker that has a connection leads instead: it can serve at once.
+                # An idle worker that has a connection can serve at once, so let it lead instead.
                 self._leadership.release(worker)
-                time.sleep(0.01)
+                time.sleep(0.01)        # until it has acquired the lead
             else:
                 self._lead(worker)
         self._leadership.release(worker)
@@ -1853,10 +1887,11 @@ class Allocator:
             delay = max(0.0, self._reconnect_at - monotonic())
         busy = sum([other.busy_since < NOT_BUSY for other in self._workers])
         can_serve_isolated = busy < self._isolation_limit
-        timeout = delay or self._pots.seconds_until_due(can_serve_isolated)
-        while self._handle_events(timeout):      # until no more come: 10 % more IDs/s (wrk -c64)
+        timeout = delay or self._scheduler.seconds_until_due(can_serve_isolated)
+        # To read until nothing more has arrived makes larger batches: 10 % more IDs/s (wrk -c64).
+        while self._handle_events(timeout):
             timeout = 0.0
-        batch = {} if delay else self._pots.next_batch(can_serve_isolated)
+        batch = {} if delay else self._scheduler.next_batch(can_serve_isolated)
         if batch:
             self._serve(worker, batch)
 
@@ -1864,7 +1899,7 @@ class Allocator:
         """Connect if that is necessary, serve a batch, and put its pots back."""
         store = worker.store
         worker.busy_since = monotonic()
-        if next(iter(batch)).is_isolated:       # then it is the only pot
+        if next(iter(batch)).is_isolated:       # then it is the only pot: see next_batch()
             self._leadership.release(worker)
         try:
             store.connect()
@@ -1872,36 +1907,37 @@ class Allocator:
         except IdpotError as error:     # of connect(): it concerns all jobs that wait
             if self.count_connections():
                 error = Transient(str(error), error.detail)     # other workers can serve them
-            self._fail_or_retry(store.subject, self._pots.all_jobs(), error)
+            self._fail_or_retry(store.subject, self._scheduler.all_jobs(), error)
             self._reconnect_at = monotonic() + RECONNECT_INTERVAL
         finally:
-            self._pots.put_back(batch)
+            self._scheduler.put_back(batch)
             worker.busy_since = NOT_BUSY
             if self._leadership.leader is not worker:
                 self._wake_up()     # whoever reads now has to see the pots that are back
 
     def _call_store(self, worker: Worker, batch: Batch) -> None:
         """Run what the jobs of the batch ask for, and deal with a failure. Raises nothing."""
-        pot, jobs = next(iter(batch.items()))       # mostly the only pot
+        pot, jobs = next(iter(batch.items()))       # mostly the only pot; else all jobs are takes
         try:
-            if jobs[0].operation.kind is Kind.TAKE:
+            if jobs[0].operation.kind is OperationKind.TAKE:
                 self._take(worker.store, batch)
             else:
                 result = self._run_operation(worker, pot, jobs[0].operation)
                 for job in jobs:
                     job.complete(result)
         except IdpotError as error:
-            if not isinstance(error, Exists):       # which says nothing against the pot
+            # Any failure isolates the pots, as each costs a call; but Exists is no fault of a pot.
+            if not isinstance(error, Exists):
                 for failed in batch:
                     failed.failures = min(failed.failures + 1, MAX_FAILURES)
             if len(batch) == 1:
                 self._handle_pot_failure(worker.store, pot, jobs, error)
             else:       # any of the pots may be the cause: from now on each is tried by itself
                 for jobs in batch.values():
-                    self._note_retry(jobs, error)
+                    self._defer(jobs, error)
 
     def _handle_pot_failure(
-        self, store: Store, pot: Pot, jobs: list[Job], error: IdpotError
+        self, store: Store, pot: PotQueue, jobs: list[Job], error: IdpotError
     ) -> None:
         """Decide what becomes of the jobs of a pot whose call failed."""
         if isinstance(error, Exhausted) and len(jobs) > 1:
@@ -1912,7 +1948,7 @@ class Allocator:
                     self._take(store, {pot: [job]})
             except IdpotError as last_error:
                 error = last_error
-        # A store that is still connected has met an error of the pot: see Store.
+        # If the store is still connected, the pot is at fault: see Store.
         subject = store.subject
         if isinstance(error, (Transient, PotUnusable)) and store.is_connected:
             subject = f"pot {pot.name}"
@@ -1926,15 +1962,15 @@ class Allocator:
         if isinstance(error, Unavailable):
             incidents.open(subject, error.detail)
         if isinstance(error, Transient):
-            self._note_retry(jobs, error)
+            self._defer(jobs, error)
         else:
             for job in jobs:
                 job.complete(error)
 
-    def _note_retry(self, jobs: list[Job], error: IdpotError) -> None:
-        """Have the jobs wait for another attempt, behind those that arrive within a second.
+    def _defer(self, jobs: list[Job], error: IdpotError) -> None:
+        """Count a retry for each job, and put them behind the jobs that arrive within a second.
 
-        A request that the failed call did not contain may well be served, as a read is.
+        Another kind of operation may succeed where theirs has failed.
         """
         metrics.add("idpot_db_retries_total", len(jobs))
         for job in jobs:
@@ -1958,27 +1994,26 @@ class Allocator:
             pot.failures = 0
             pot.was_slow = store.was_slow and len(self._workers) > 1    # one worker has no choice
             incidents.resolve(f"pot {pot.name}")
-            # The last job gets the last IDs. So the IDs of each job are consecutive, and rise in
-            # the order in which the jobs arrived.
+            # The last job gets the last IDs, so IDs rise in the order in which jobs arrived.
             for job in reversed(batch[pot]):
                 job.complete(last_id)
                 last_id -= job.operation.count
 
-    def _run_operation(self, worker: Worker, pot: Pot, operation: Operation) -> Result:
+    def _run_operation(self, worker: Worker, pot: PotQueue, operation: Operation) -> Result:
         """Run an operation that is not a take, and return its result."""
         store = worker.store
-        if operation.kind is Kind.LIST:
+        if operation.kind is OperationKind.LIST:
             return self._list_pots(worker)
-        if operation.kind is Kind.CHECK:
+        if operation.kind is OperationKind.CHECK:
             return self._check(store)
-        if operation.kind is Kind.READ:
-            value = store.current(pot.name)
+        if operation.kind is OperationKind.CREATE:
+            value = store.create(pot.name, operation.minimum)
+        elif operation.kind is OperationKind.RAISE:
+            value = store.raise_to(pot.name, max(operation.minimum, pot.floor or 0))
         else:
-            if operation.kind is Kind.CREATE:
-                value = store.create(pot.name, operation.minimum)
-            else:
-                value = store.raise_to(pot.name, max(operation.minimum, pot.floor or 0))
-            incidents.resolve(f"pot {pot.name}")    # not after a read: a locked pot may be readable
+            value = store.current(pot.name)
+        if operation.kind is not OperationKind.READ:    # a locked pot can often be read
+            incidents.resolve(f"pot {pot.name}")
         # No response shows less than this process has issued, and later IDs are above it.
         pot.floor = max(value, pot.floor or 0)
         return pot.floor
@@ -1986,7 +2021,7 @@ class Allocator:
     def _list_pots(self, worker: Worker) -> str:
         lines = []
         for name, value in worker.store.pots():
-            pot = self._pots.known.get(name)
+            pot = self._scheduler.pots.get(name)    # without the lock: dict.get() is atomic
             floor = pot.floor if pot else None
             lines.append(f"{name}\t{'-' if value is None else max(value, floor or 0)}\n")
             worker.busy_since = monotonic()     # it makes progress: a long list is no hang
@@ -2283,19 +2318,19 @@ def build_take(pot: str, fields: Fields) -> Operation:
         raise BadRequest("count and range exclude each other")
     if "range" in fields:
         count = parse_integer(fields["range"], 1, MAX_RANGE, "range")
-        return Operation(Kind.TAKE, pot, count, format_body=format_range)
+        return Operation(OperationKind.TAKE, pot, count, format_body=format_range)
     if "count" in fields:
         count = parse_integer(fields["count"], 1, MAX_COUNT, "count")
-        return Operation(Kind.TAKE, pot, count, format_body=format_lines)
-    return Operation(Kind.TAKE, pot, count=1)
+        return Operation(OperationKind.TAKE, pot, count, format_body=format_lines)
+    return Operation(OperationKind.TAKE, pot, count=1)
 
 
 def build_read(pot: str, fields: Fields) -> Operation:
-    return Operation(Kind.READ, pot)
+    return Operation(OperationKind.READ, pot)
 
 
 def build_exists(pot: str, fields: Fields) -> Operation:
-    return Operation(Kind.READ, pot, status=204, format_body=format_nothing)
+    return Operation(OperationKind.READ, pot, status=204, format_body=format_nothing)
 
 
 def parse_name_and_min(fields: Fields, default_min: str) -> tuple[str, int]:
@@ -2307,24 +2342,25 @@ def parse_name_and_min(fields: Fields, default_min: str) -> tuple[str, int]:
 
 def build_create(pot: str, fields: Fields) -> Operation:
     name, minimum = parse_name_and_min(fields, "0")
-    return Operation(Kind.CREATE, name, 0, minimum, 201, format_created)
+    return Operation(
+        OperationKind.CREATE, name, minimum=minimum, status=201, format_body=format_created)
 
 
 def build_raise(pot: str, fields: Fields) -> Operation:
     name, minimum = parse_name_and_min(fields, "")
-    return Operation(Kind.RAISE, name, 0, minimum)
+    return Operation(OperationKind.RAISE, name, minimum=minimum)
 
 
 def build_list(pot: str, fields: Fields) -> Operation:
-    return Operation(Kind.LIST, ALL_POTS)
+    return Operation(OperationKind.LIST, ALL_POTS)
 
 
 def build_health_check(pot: str, fields: Fields) -> Operation:
-    return Operation(Kind.CHECK, HEALTH_CHECK, timeout=HEALTH_TIMEOUT)
+    return Operation(OperationKind.CHECK, HEALTH_CHECK, timeout=HEALTH_TIMEOUT)
 
 
 def build_metrics(pot: str, fields: Fields) -> Operation:
-    return Operation(Kind.METRICS, "")
+    return Operation(OperationKind.METRICS, "")
 
 
 class Route(NamedTuple):
@@ -2346,7 +2382,7 @@ ROUTES = [
     Route("GET", "/id/{pot}", build_read),
     Route("POST", "/id/{pot}", build_take, fields=("count", "range")),
     Route("GET", "/pot/{pot}", build_exists),
-    Route("GET", "/pot/create", build_exists),      # a pot may have this name
+    Route("GET", "/pot/create", build_exists),      # a pot may have this name; see match_path()
     Route("POST", "/pot/create", build_create, fields=("name", "min"), needs_admin=True),
     Route("GET", "/pot/raise", build_exists),       # and this one
     Route("POST", "/pot/raise", build_raise, fields=("name", "min"), needs_admin=True),
@@ -2360,7 +2396,10 @@ for _route in ROUTES:
 
 
 def match_path(path: str) -> tuple[str, str]:
-    """Return the path of a route and the pot in it; UNKNOWN if no route has that path."""
+    """Return the path of a route and the pot in it; UNKNOWN if no route has that path.
+
+    A literal path such as /pot/create has precedence over /pot/{pot}.
+    """
     parent, _, pot = path.rpartition("/")
     if path in METHODS:
         return path, pot
@@ -2392,8 +2431,8 @@ class RoutedHead:
             f'"{escape_for_log(head.referer)}" "{escape_for_log(head.user_agent)}"')
 
 
-# Most clients send the same head again and again. Longer ones are not cached, so that they cannot
-# fill the memory.
+# Most clients send the same head again and again. parse_request() uses the cache for heads up to
+# MAX_CACHED_HEAD bytes, so that long ones cannot fill the memory.
 cached_head = functools.lru_cache(maxsize=2048)(RoutedHead)
 
 # Stands for the head of a request that could not be parsed.
@@ -2407,7 +2446,7 @@ def authorize(routed: RoutedHead, settings: Settings) -> None:
     token = (settings.admin_token if needs_admin else settings.token).encode()
     if token and hmac.compare_digest(token, routed.head.bearer_token):
         return
-    # A page that somebody opens in a browser could otherwise use up a pot of the local network.
+    # Whoever opens a web page must not let it use up a pot of his own network, on any path.
     if routed.head.has_origin:
         raise Forbidden("a request from a web page (it has an Origin) needs the bearer token")
     # With an unknown path there are no methods, and so nothing to protect.
@@ -2432,7 +2471,7 @@ def parse_form(routed: RoutedHead, body: bytes) -> dict[str, str]:
         pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=100)
     except ValueError:
         raise BadRequest("the form is not UTF-8, or has too many fields")
-    post = routed.methods.get("POST")
+    post = routed.methods.get("POST")       # other methods have no fields, which is said below
     known = post.fields if post else ()
     fields: dict[str, str] = {}
     for name, value in pairs:
@@ -2486,7 +2525,7 @@ def dispatch(routed: RoutedHead, body: bytes, settings: Settings) -> Operation:
 # The main thread reads it, in order to enforce deadlines:
 #
 #   IDLE        the client has not begun its next request
-#   READING     a part of a request has arrived; since then
+#   READING     a part of a request has arrived
 #   WAITING     a job waits for the database; the time is that of the request's arrival
 #   SENDING     the client has not accepted all of the response
 #   LINGERING   the last response was sent. What the client still sends is read and dropped for a
@@ -2505,10 +2544,10 @@ def dispatch(routed: RoutedHead, body: bytes, settings: Settings) -> Operation:
 #   SENDING          writing     both directions      EPOLLOUT with EPOLLHUP: send() fails
 #   WAITING          nothing     reading              none: the 503 is sent first
 
-SERVICE_INTERVAL = 0.2      # seconds between two checks of all deadlines
+SERVICE_INTERVAL = 0.2      # seconds between two checks of all deadlines, in service_actions()
 DRAIN_GRACE = 0.5           # seconds that a client has during a shutdown to send a request
 LINGER_TIMEOUT = 2.0        # seconds in the phase LINGERING
-MIN_AGE_TO_EVICT = 0.1      # seconds that a connection has waited at least when it makes room
+MIN_EVICTION_AGE = 0.1      # seconds; a younger phase is not ended to make room for a newcomer
 RECEIVE_SIZE = 16384        # bytes
 READABLE = select.EPOLLIN | select.EPOLLONESHOT
 WRITABLE = select.EPOLLOUT | select.EPOLLONESHOT
@@ -2570,11 +2609,11 @@ class Connection:
         self.state: State = (IDLE, monotonic())
         self.job: Job | None = None     # in the phase WAITING; set before the phase
         self.received = b""             # and not parsed yet
-        self.needed = 0                 # length of `received` that makes parsing worth another try;
-                                        # 0 until the head of the request is complete
-        self.routed = UNREADABLE        # the head of the present request
+        self.bytes_needed = 0           # length of `received` from which on parsing is worth a try
+        self.has_sent_continue = False  # for the current request
+        self.routed = UNREADABLE        # the head of the current request
         self.unsent = b""               # the rest of the response in the phase SENDING
-        self.keeps_open = True          # whether the connection stays open after that rest
+        self.keep_alive = True          # whether the connection stays open when that was sent
         self.was_aborted = False        # abort() has shut the socket down
         server.connections[self.descriptor] = self
         try:
@@ -2588,7 +2627,7 @@ class Connection:
         try:
             if phase == SENDING:
                 unsent, self.unsent = self.unsent, b""
-                self.send(unsent, self.keeps_open, since)
+                self.send(unsent, self.keep_alive, since)
             elif events & select.EPOLLHUP and events & select.EPOLLOUT:
                 self.close()            # abort() has shut it down in both directions
             elif events & select.EPOLLOUT:
@@ -2625,7 +2664,7 @@ class Connection:
                 return
             keep_alive = self.routed.head.keep_alive
             operation = dispatch(self.routed, body, self.server.settings)
-            if operation.kind is Kind.METRICS:
+            if operation.kind is OperationKind.METRICS:
                 text = self.server.render_metrics()
                 self.send_response(200, text, keep_alive, media_type=PROMETHEUS_TEXT)
                 return
@@ -2650,7 +2689,7 @@ class Connection:
         if self.received.startswith(b"\r\n"):       # empty lines before it (RFC 9112, 2.2)
             self.received = EMPTY_LINES.sub(b"", self.received, count=1)
         data = self.received
-        if len(data) < self.needed:
+        if len(data) < self.bytes_needed:
             return None
         begin = data.find(b"\r\n\r\n") + 4       # of the body
         if begin < 4:
@@ -2664,18 +2703,20 @@ class Connection:
             end = begin + head.content_length
             content = data[begin:end] if len(data) >= end else None
         if content is None:
-            if head.expects_continue and not self.needed:       # the head has just become complete
+            if head.expects_continue and not self.has_sent_continue:
+                self.has_sent_continue = True
                 with suppress(BlockingIOError):     # the client need not wait (RFC 9110, 10.1.1)
                     if self.socket.send(CONTINUE) < len(CONTINUE):
                         raise ConnectionError("only a part of it was sent")
-            self.needed = end
+            self.bytes_needed = end
             return None
         self.received = data[end:]
-        self.needed = 0
+        self.bytes_needed = 0
+        self.has_sent_continue = False
         return content
 
     def on_complete(self, operation: Operation, outcome: Result | IdpotError) -> None:
-        """Job: it has been completed. The calling thread owns the connection now."""
+        """Send the response to a job. The thread that has completed it owns the connection now."""
         keep_alive = self.routed.head.keep_alive
         if isinstance(outcome, IdpotError):
             self.send_error(outcome, keep_alive)
@@ -2720,7 +2761,7 @@ class Connection:
             return
         if sent < len(data):
             self.unsent = data[sent:]
-            self.keeps_open = keep_alive
+            self.keep_alive = keep_alive
             self.state = (SENDING, since)
             self.rearm(WRITABLE)
         elif keep_alive:
@@ -2745,7 +2786,9 @@ class Connection:
         self.socket.close()
 
     def abort(self) -> None:
-        """Have the connection end soon, whoever owns it: see the table above.
+        """Time out the job, if there is one, and have the owner close the connection soon.
+
+        The table above says how the owner gets to know of it.
 
         The owner may replace `state` meanwhile. At worst a client is cut off that has just become
         active.
@@ -2858,7 +2901,7 @@ class Server(http.server.ThreadingHTTPServer):
             pass
         oldest = min(list(self.connections.values()), default=None,
                      key=lambda connection: connection.state[1])
-        if oldest and oldest.state[1] < monotonic() - MIN_AGE_TO_EVICT:
+        if oldest and oldest.state[1] < monotonic() - MIN_EVICTION_AGE:
             oldest.abort()
         else:
             with suppress(OSError, ValueError):     # a shutdown has just closed the socket
