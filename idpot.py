@@ -69,7 +69,7 @@ class IdpotError(Exception):
     which may say more than a client should learn.
     """
     status = 500        # of the response
-    header = ""         # a header line that belongs to the status
+    header = ""         # a header line that belongs to the status, with its CRLF
     exit_code = 1       # of the process, if the error prevents startup
 
     def __init__(self, text: str, detail: str = "") -> None:
@@ -97,10 +97,9 @@ class Unauthorized(IdpotError):
     header = "WWW-Authenticate: Bearer\r\n"
 
 
-class Forbidden(Unauthorized):
+class Forbidden(IdpotError):
     """The request comes from a web page and lacks the bearer token."""
     status = 403
-    header = ""
 
 
 class NotFound(IdpotError):
@@ -142,7 +141,7 @@ class DatabaseUnusable(Unavailable):
 
 
 class ProbeFailed(IdpotError):
-    """A health check failed. Unlike Unavailable it is not logged: the prober knows of it."""
+    """A health check failed. Unlike Unavailable it is not logged: the response is all."""
     status = 503
     header = Unavailable.header
 
@@ -160,8 +159,8 @@ class SettingsError(IdpotError, argparse.ArgumentTypeError):
 #
 # A settings file has the format of gcfg, which go-idpot used: [section] and name = value, where a
 # value stands bare or in double quotes. configparser reads the lines, a regular expression checks
-# and unquotes each value, and the converter of the setting makes the value that the program uses.
-# Each converter raises SettingsError or BadRequest with a message that names the value. The
+# and unquotes each value, and the converter of the setting turns the string into its value. Each
+# converter raises SettingsError or BadRequest with a message that names the value. The
 # settings are loaded before any other thread is started, and never change.
 
 T = TypeVar("T")
@@ -218,8 +217,8 @@ def parse_token(text: str) -> str:
     """Return a bearer token.
 
     An empty one is an error, because without a token the server is open to everybody. So is white
-    space at either end, which no header field can carry. Single quotes there are an error because
-    their author took them for quotes, which they are not in this format.
+    space at either end, which no header field can carry, and a single quote at either end, which
+    would be a part of the token: only double quotes quote in this format.
     """
     if not text or re.search(r"^[\s']|[\s']\Z", text):
         raise SettingsError("it is empty, or begins or ends with a space or a single quote: put "
@@ -272,7 +271,8 @@ def parse_dsn(text: str) -> Dsn:
         addresses = [ServerAddress(path, {"unix_socket": path})]
     else:
         hosts = (parts["inside"] or "127.0.0.1").split(",")
-        addresses = [tcp_server(*parse_address(host.strip(), 3306)) for host in hosts]
+        servers = [tcp_server(*parse_address(host.strip(), 3306)) for host in hosts]
+        addresses = list({server.name: server for server in servers}.values())      # each once
     parameters = dict(parse_qsl(parts["parameters"], keep_blank_values=True))
     tls = parameters.pop("tls", "preferred").lower()
     tls = {"1": "true", "0": "false"}.get(tls, tls)
@@ -291,7 +291,7 @@ DEFAULT_LISTEN = Address("127.0.0.1", 8080)
 
 @dataclass
 class Settings:
-    """The settings, with their defaults. Each annotation has the type, the section, the converter.
+    """The settings, with their defaults. Each annotation lists type, section and converter.
 
     SETTINGS, below, is made of these annotations. In the file a name has no underscores and may be
     in any letter case. No name occurs in two sections, so a name alone identifies a setting.
@@ -392,7 +392,8 @@ def load_settings(path: str | None = None) -> Settings:
     reader, places = read_settings(os.devnull if path is None else path)
     # systemd passes a copy of /etc/idpot.cfg in this folder. Messages name the original.
     credentials = os.environ.get("CREDENTIALS_DIRECTORY")
-    path = (path or "").replace(credentials, "/etc") if credentials else path
+    if path and credentials:
+        path = path.replace(credentials, "/etc")
     settings = Settings(uses_mysql="Mysql" in reader)
     for section in reader.sections():
         if section not in SECTIONS:
@@ -519,16 +520,17 @@ class Incidents:
     """The faults that last, each under its subject: a database, a pot, or the access log.
 
     Whoever meets a fault calls open() each time. The first call logs it, and further calls do
-    nothing until resolve(), which logs that the subject has recovered. For QUIET_INTERVAL after it
-    was logged, an incident that comes back is not logged again. So those that come and go, as
-    conflicts in a cluster do, do not flood the log.
+    nothing until resolve(), which logs that the subject has recovered. If the fault comes back
+    within QUIET_INTERVAL after its last line, it is logged only by a call of open() after that, if
+    it lasts so long. So faults that come and go, such as conflicts in a cluster, are not logged
+    each time.
     """
     QUIET_INTERVAL = 30.0       # seconds
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()       # makes "look whether it is open, then open it" one step
+        self._lock = threading.Lock()       # makes open() atomic
         self._open: dict[str, float] = {}           # subject -> when it was logged
-        self._quiet_until: dict[str, float] = {}    # subject -> point in time; kept when resolved
+        self._quiet_until: dict[str, float] = {}    # subject -> point in time; never removed
 
     def open(self, subject: str, text: str, level: int = logging.WARNING) -> None:
         """Log the text, unless the incident is open or was logged within QUIET_INTERVAL.
@@ -717,9 +719,10 @@ class Store(Protocol):
     - DatabaseUnusable: an operator, who has to repair the database.
 
     The allocator calls current() of a pot before its first take(). If a call for one pot alone
-    fails and leaves `is_connected` true, the allocator takes it for a fault of that pot, else for
-    one of the database. A store counts idpot_db_seconds_total and idpot_db_errors_total, and
-    resolves the incident of the database whenever a statement has succeeded.
+    fails with Transient or PotUnusable, and `is_connected` is still true, the incident is that of
+    the pot; else it is that of the database. A store counts idpot_db_seconds_total and
+    idpot_db_errors_total, and resolves the incident of the database whenever a statement has
+    succeeded.
     """
     subject: str        # the name of the database in the log
 
@@ -751,12 +754,13 @@ class Store(Protocol):
         """Ensure that there is a connection to a server that can issue IDs, as far as is known."""
 
     def take(self, claims: Sequence[Claim], nowait: bool = False) -> list[int]:
-        """Take IDs for all claims, of MAX_BATCH_POTS different pots at most, in one call.
+        """Take IDs for all claims in one call; return the last, greatest ID of each.
 
-        Returns the last, greatest ID of each. If one claim fails, the call fails, though counters
-        may have moved: the caller then takes each by itself. If the counter of a single claim is
-        below the floor, it is raised above the floor, and the call raises Transient. With nowait a
-        locked pot is an error at once, if the database can do that. Raises NotFound or Exhausted.
+        There are at most MAX_BATCH_POTS claims, each of another pot. If one of them fails, the call
+        fails, though counters may have moved: the caller then repeats them one by one. If there is
+        one claim, and its counter is below the floor, the counter is corrected, but the call still
+        fails with Transient. With nowait a locked pot is an error at once, if the database can do
+        that. Raises NotFound or Exhausted.
         """
 
     def current(self, pot: str) -> int:
@@ -774,8 +778,8 @@ class Store(Protocol):
     def check(self, pot: str) -> None:
         """Raise Unavailable unless an ID could be issued now.
 
-        Try that pot, unless the name is empty. A pot that does not exist or is unusable is not
-        reported, but one that is locked is, since a locked database looks the same.
+        Try that pot, unless the name is empty. Ignore that it does not exist or is unusable. If it
+        is locked, raise the error, because all other pots may be locked as well.
         """
 
     def close(self) -> None:
@@ -875,6 +879,7 @@ class SqliteStore:
             self._connection.execute(statement.format(rows), values)
         except self._sqlite.Error as error:
             metrics.add('idpot_db_errors_total{errno="other"}')
+            # Not Transient: to repeat this at once would not help, as on a full disk.
             raise Unavailable(f"{self.subject}: {error}")
         finally:
             metrics.add("idpot_db_seconds_total", monotonic() - start)
@@ -973,8 +978,8 @@ POT_ERRORS: dict[int, tuple[type[IdpotError], str]] = {
     4025: NO_GREATER_NUMBER,    # a CHECK failed (MariaDB)
 }
 
-# How a session must be set, whatever the defaults of the server are. A lock is waited for one
-# second at most: that bounds what a locked pot costs the pots that share its call.
+# How a session must be set, whatever the defaults of the server are. A statement waits for a lock
+# for one second at most, which bounds what a locked pot costs the pots that share its call.
 SET_SESSION = (
     "SET SESSION autocommit=1, completion_type=0, lock_wait_timeout=1, "
     f"innodb_lock_wait_timeout=1, sql_safe_updates=0, sql_select_limit={MAX_ID}, "
@@ -1002,8 +1007,9 @@ UNLESS_READ_ONLY = " WHERE CAST(@@global.read_only AS CHAR) IN ('0', 'OFF')"
 # statement waits for a second, as always.
 NOWAIT = "/*M!100300 SET STATEMENT lock_wait_timeout=0, innodb_lock_wait_timeout=0 FOR */ "
 
-REPLY_TIMEOUT = 3           # seconds to connect or for a reply: longer than two waits for locks
-STATE_MAX_AGE = 1.0         # seconds for which the state of a server is believed
+REPLY_TIMEOUT = 3           # seconds to connect or for a reply: a statement may wait for two locks,
+                            # that of the table and that of the row
+STATE_MAX_AGE = 1.0         # seconds for which the checked state of a server is trusted
 MAX_IDLE = 60.0             # seconds; a connection unused for longer may be cut by a firewall
 SLOW_CALL = 0.2             # seconds; a take is slow if it needs more than this, ...
 SLOW_RATIO = 3              # ... and more than this many times the latency of the server
@@ -1089,9 +1095,11 @@ class MysqlConnection:
         self._servers = servers
         self._engine = settings.engine      # of new pots
         self._tls = dsn.tls
-        self._connection: DriverConnection | None = None
+        self.connection: DriverConnection | None = None     # the driver's
         self._generation = 0        # MysqlServers.generation when the connection was made
-        self._checked_at = 0.0      # when the server was last found to be able to issue IDs
+        # When the server was last found to be able to issue IDs. Since that is checked every second
+        # while the connection is used, it also tells how long the connection has been unused.
+        self._checked_at = 0.0
         self._latency = 0.0         # seconds that it took to reply then
         self.unless_read_only = ""  # UNLESS_READ_ONLY if this server lets statements ask that
         self.was_slow = False       # see Store
@@ -1112,45 +1120,41 @@ class MysqlConnection:
             self._arguments.update(ssl_verify_cert=True, ssl_verify_identity=True,
                                    ssl_ca=paths.cafile or paths.openssl_cafile)
 
-    @property
-    def is_open(self) -> bool:
-        return self._connection is not None
-
     def connect(self, max_age: float = STATE_MAX_AGE) -> None:
         """Ensure a connection to a server whose state was checked at most `max_age` seconds ago.
 
-        If there is none, or if the check fails, opens a new one. Tries each address once, beginning
-        with the server in use. If no server can be used, raises DatabaseUnusable if all of them
+        If there is none, or if the check fails, opens a new one. Tries each address, beginning with
+        the server in use. If no server can be used, raises DatabaseUnusable if all of them
         need an operator, else Transient. The client gets the message of the first one, and the log
         gets all messages.
         """
         now = monotonic()
         if self._generation != self._servers.generation or now > self._checked_at + MAX_IDLE:
             self.close()
-        if self.is_open and now > self._checked_at + max_age:
-            with suppress(Unavailable):     # call() has closed the connection, so go on below
-                self.call(self.check_server)
+        if self.connection and now > self._checked_at + max_age:
+            with suppress(Unavailable):     # call_driver() has closed it; go on below
+                self.call_driver(self.check_server)
         addresses = self._servers.addresses
-        errors: list[Unavailable] = []      # one for each address that was tried
-        while not self.is_open:
+        errors: dict[str, Unavailable] = {}     # by address
+        while not self.connection:
             self._generation = self._servers.generation
             name, arguments = addresses[self._generation % len(addresses)]
             try:
-                self.call(self._open, arguments)
+                self.call_driver(self._open, arguments)
             except Unavailable as error:
-                error.detail = f"{name}: {error.detail}"
-                errors.append(error)
-                # With a single address the others keep their connections, which may be good: a
-                # server may refuse new ones. If it is silent, call() has failed over.
+                errors[name] = error
+                # If there is a single address, other workers keep their connections to it. These
+                # may still work, since a server may refuse new ones only. If the server was silent,
+                # call_driver() has failed over.
                 if len(addresses) > 1:
                     self._servers.fail_over(self._generation)
             if len(errors) == len(addresses):
-                is_permanent = all(isinstance(error, DatabaseUnusable) for error in errors)
-                kind = DatabaseUnusable if is_permanent else Transient
-                details = "; ".join([error.detail for error in errors])
-                raise kind(str(errors[0]), f"MySQL {details}")
+                kinds = {type(error) for error in errors.values()}
+                kind = DatabaseUnusable if kinds == {DatabaseUnusable} else Transient
+                details = "; ".join([f"{name}: {error.detail}" for name, error in errors.items()])
+                raise kind(str(next(iter(errors.values()))), f"MySQL {details}")
 
-    def call(self, function: Callable[..., T], *arguments: object, pot: str = "") -> T:
+    def call_driver(self, function: Callable[..., T], *arguments: object, pot: str = "") -> T:
         """Return function(*arguments), which uses the connection.
 
         The driver's errors become ours. All of them close the connection, since after an error the
@@ -1164,7 +1168,8 @@ class MysqlConnection:
         except IdpotError:
             self.close()
             raise
-        except Exception as error:      # the driver raises many kinds if a server speaks no MySQL
+        except Exception as error:
+            # The driver raises many kinds of errors, at worst if the server does not speak MySQL.
             number = getattr(error, "errno", None) or 2027      # 2027 is "malformed packet"
             metrics.add(f'idpot_db_errors_total{{errno="{number}"}}')
             if pot and number in POT_ERRORS:
@@ -1198,7 +1203,7 @@ class MysqlConnection:
         # The server's init_connect may have begun a transaction. To switch autocommit from off to
         # on commits it; to set it on while it is on does not. The driver switches it off unless
         # autocommit=True is passed, and SET_SESSION switches it on.
-        self._connection = self._driver.connect(**self._arguments, **arguments)
+        self.connection = self._driver.connect(**self._arguments, **arguments)
         self.execute(SET_SESSION)
         if self._tls == "skip-verify" and not self.query("SHOW STATUS LIKE 'Ssl_cipher'")[0][1]:
             raise Transient(f"{CANNOT_SERVE}: its server offers no TLS")
@@ -1208,13 +1213,13 @@ class MysqlConnection:
 
     def query(self, statement: str) -> list[Row]:
         """Return the rows of a query. A cursor would ping the server first, so none is used."""
-        assert self._connection
-        self._connection.cmd_query(statement)
-        return self._connection.get_rows()[0]
+        assert self.connection
+        self.connection.cmd_query(statement)
+        return self.connection.get_rows()[0]
 
     def execute(self, *statements: str) -> list[Reply]:
         """Send statements that are not queries in one call; return the reply to each."""
-        connection = self._connection
+        connection = self.connection
         assert connection
         text = "; ".join(statements)
         if hasattr(connection, "fetch_eof_status"):
@@ -1229,7 +1234,7 @@ class MysqlConnection:
     def check_server(self) -> None:
         """Raise Transient if the server cannot issue IDs now, DatabaseUnusable if it never can.
 
-        It is run by call(), which closes the connection if it raises.
+        It is run by call_driver(), which closes the connection if it raises.
         """
         now = monotonic()
         state: dict[str, str] = dict(self.query(SHOW_STATE))
@@ -1282,23 +1287,29 @@ class MysqlConnection:
         committed.
         """
         start = monotonic()
-        replies = self.call(self.execute, *statements, pot=pot)
-        seconds = monotonic() - start
-        if self._is_slow(seconds) or monotonic() > self._checked_at + STATE_MAX_AGE:
-            self.call(self.check_server)
-        self.was_slow = self._is_slow(seconds)      # compared with the present latency
-        assert self._connection
-        if (len(replies) != len(statements) or self._connection.in_transaction
-                or self._generation != self._servers.generation):
+        replies = self.call_driver(self.execute, *statements, pot=pot)
+        end = monotonic()
+        seconds = end - start
+        is_slow = seconds > SLOW_CALL and seconds > SLOW_RATIO * self._latency
+        if is_slow or end > self._checked_at + STATE_MAX_AGE:
+            self.call_driver(self.check_server)
+            is_slow = is_slow and seconds > SLOW_RATIO * self._latency      # the present latency
+        self.was_slow = is_slow
+        assert self.connection
+        reason = ""
+        if len(replies) != len(statements):
+            reason = "its reply is not complete"
+        elif self.connection.in_transaction:
+            reason = "a transaction is open after its reply"
+        elif self._generation != self._servers.generation:
+            reason = "another server is in use since its reply"
+        if reason:
             self.close()
-            raise Transient(f"{CANNOT_SERVE}: its reply is not whole, not committed, or too late")
+            raise Transient(f"{CANNOT_SERVE}: {reason}")
         return replies
 
-    def _is_slow(self, seconds: float) -> bool:
-        return seconds > max(SLOW_CALL, SLOW_RATIO * self._latency)
-
     def close(self) -> None:
-        connection, self._connection = self._connection, None
+        connection, self.connection = self.connection, None
         if connection:
             with suppress(Exception):       # it may be lost already
                 connection.close()
@@ -1330,7 +1341,7 @@ class MysqlStore:
 
     @property
     def is_connected(self) -> bool:
-        return self._connection.is_open
+        return self._connection.connection is not None
 
     @property
     def was_slow(self) -> bool:
@@ -1340,7 +1351,7 @@ class MysqlStore:
         try:
             self.probe()
         except Transient as error:
-            # The database may come later; its warnings are left out then. Other errors are final.
+            # The database may come later. Other errors end the process.
             incidents.open(self.subject, f"{error.detail}: waiting for it; requests get 503 until "
                                          "then")
         return f"{self.subject}/{self._settings.dsn.database}, {self._settings.engine}"
@@ -1365,7 +1376,7 @@ class MysqlStore:
     def _run(self, function: Callable[[str], T], statement: str, pot: str = "") -> T:
         """Return function(statement), which is query() or execute() of the connection."""
         self.connect()
-        result = self._connection.call(function, statement, pot=pot)
+        result = self._connection.call_driver(function, statement, pot=pot)
         incidents.resolve(self.subject)
         return result
 
@@ -1375,31 +1386,33 @@ class MysqlStore:
         The statements go in one call, sorted by pot, so that two idpots cannot lock each other out.
         If all tables are InnoDB, the call is one transaction.
         """
-        self.connect()
+        connection = self._connection
+        connection.connect()
         pots = sorted(values)
         prefix = NOWAIT if nowait else ""
         statements = [f"{prefix}UPDATE `pot_{pot}` SET id = {values[pot]}" for pot in pots]
         # The server may have become read-only since it was checked. The condition in the last
         # statement is enough: a server that was writable then was writable before.
-        statements[-1] += self._connection.unless_read_only
+        statements[-1] += connection.unless_read_only
         # The engine is known from current(), which the allocator calls first. If somebody alters it
         # meanwhile, the call is still correct: each UPDATE takes effect by itself then.
         in_transaction = (
             len(pots) > 1 and {self._servers.engines.get(pot) for pot in pots} == {"InnoDB"})
         if in_transaction:
             statements = ["START TRANSACTION", *statements, "COMMIT"]
-        replies = self._connection.write(statements, pots[0] if len(pots) == 1 else "")
+        replies = connection.write(statements, pots[0] if len(pots) == 1 else "")
         if in_transaction:
             replies = replies[1:-1]
-        reply_by_pot = dict(zip(pots, replies, strict=True))
-        for pot, reply in reply_by_pot.items():
+        insert_ids = {}
+        for pot, reply in zip(pots, replies, strict=True):
             if reply.affected_rows != 1:
                 # Each of these raises an error if it finds the reason.
-                self._connection.call(self._connection.check_server)    # the server is read-only
+                connection.call_driver(connection.check_server)    # the server is read-only
                 self.current(pot)                       # the table has no row, or several
                 raise Transient(f'the table of pot "{pot}" was just changed by others')
+            insert_ids[pot] = reply.insert_id
         incidents.resolve(self.subject)
-        return {pot: reply.insert_id for pot, reply in reply_by_pot.items()}
+        return insert_ids
 
     def take(self, claims: Sequence[Claim], nowait: bool = False) -> list[int]:
         # One statement reads and writes the counter, and its own reply has the value. So several
@@ -1410,9 +1423,8 @@ class MysqlStore:
             last_id = last_ids[pot]
             if last_id >= floor + size:
                 continue
-            # The counter was below the floor, or a trigger has hidden it, which gives 0. If this is
-            # the only claim the counter is raised, and the worker takes again. raise_to() raises
-            # PotUnusable if that is impossible.
+            # The counter was below the floor. Or a trigger has run, so that last_id is 0 (unknown).
+            # If this is the only claim, the counter is raised, and the worker takes again.
             if len(claims) == 1:
                 self.raise_to(pot, floor)
                 if last_id:
@@ -1443,8 +1455,8 @@ class MysqlStore:
         return value
 
     def create(self, pot: str, minimum: int) -> int:
-        # The state is checked now, and not believed for a second: a server that has just joined a
-        # cluster would create a table that the cluster does not have.
+        # An older state will not do: a server that has just left its cluster would create a table
+        # that the cluster does not have.
         self.connect(max_age=0)
         engine = self._settings.engine
         key = ", one TINYINT NOT NULL DEFAULT 1 PRIMARY KEY" if engine.lower() == "innodb" else ""
@@ -1511,14 +1523,25 @@ class MysqlStore:
 # Either way an idle worker acquires the lead and goes on reading. If no worker is idle, the main
 # thread reads, so that requests that need no database still get their response.
 #
+# Failures. What fails with Transient is tried again until the jobs time out. If a call for several
+# pots fails, each of them is isolated and tried by itself at once, without waiting for locks, so
+# that the cause is soon found. If a call for one pot fails, the pot is tried again after a backoff:
+# 16 ms, and twice as long after each further failure, a second at most. Meanwhile jobs that have
+# failed stand behind new ones, and takes behind reads, since a table that is locked for a backup
+# can often be read. Isolated and healthy pots are served in turns. Of the isolated pots that are
+# due, the one that has been due for longest is next; each failure in a row counts against it.
+#
 # For a moment there can be two readers: a leader that has lost the lead notices it only when its
 # call returns. That is safe. The kernel reports an event of a connection to one of them only (see
 # the section on connections), and Scheduler.next_batch() hands out a pot to one of them only.
 
 MAX_BATCH_POTS = 64
 LEADER_CALL_LIMIT = 0.1     # seconds of a call, after which the main thread takes the lead away
-RECONNECT_INTERVAL = 0.1    # seconds between attempts of the process to connect
-MAX_FAILURES = 7            # in a row that are counted, for the backoff
+RECONNECT_INTERVAL = 0.1    # seconds after a failed attempt to connect, in which no worker tries it
+MIN_BACKOFF = 1 / 128       # seconds, doubled with each failure
+MAX_FAILURES = 7            # from so many failures in a row on, the backoff grows no further
+FAILURE_PENALTY = 1.0       # seconds by which a failure puts a pot behind other isolated ones
+READ_ADVANTAGE = 1.0        # seconds by which reads go before takes in the queue of a failing pot
 POLL_INTERVAL = 0.2         # seconds that the leader waits for requests at most
 # Operations that concern no pot queue under these names, which no pot can have. Since such a "pot"
 # has no counter that could be read, ALL_POTS is always isolated: its list may take long.
@@ -1581,18 +1604,19 @@ class Job:
     def __init__(self, operation: Operation, waiter: Waiter, timeout: float = 10.0) -> None:
         self.operation = operation
         self.started_at = monotonic()
-        self.queued_at = self.started_at        # later if an attempt failed: see queue_order()
+        # A point in time: the sort key in the queue of a failing pot.
+        self.position = self.started_at
+        if operation.kind is OperationKind.TAKE:
+            self.position += READ_ADVANTAGE
         self.deadline = self.started_at + timeout
-        self._waiters = [waiter]    # whoever completes the job pops it: list.pop() is atomic
-
-    @property
-    def is_waiting(self) -> bool:
-        return bool(self._waiters)
+        # Whoever completes the job pops the waiter: list.pop() is atomic. A job without a waiter is
+        # completed.
+        self.waiters = [waiter]
 
     def complete(self, outcome: "Result | IdpotError") -> None:
         """Pass the result or the error on, unless the job was completed before."""
         try:
-            waiter = self._waiters.pop()
+            waiter = self.waiters.pop()
         except IndexError:
             return
         waiter.on_complete(self.operation, outcome)
@@ -1603,20 +1627,12 @@ class Job:
         self.complete(Unavailable(f"{self.reason} {waited:g} seconds"))
 
 
-def queue_order(job: Job) -> float:
-    """The sort key of the jobs of a failing pot: a take is put behind the reads of a second.
-
-    A table that cannot be written, say because it is locked for a backup, can often be read.
-    """
-    return job.queued_at + (job.operation.kind is OperationKind.TAKE)
-
-
 class PotQueue:
     """The jobs of one pot, and what this process knows about its counter.
 
     A pot with jobs is either in Scheduler.ready or with exactly one worker, which serves it. Only
-    that worker writes `floor`, `failures` and `was_slow`, and it writes `due_at`, so these need no
-    lock. `jobs` is guarded by the lock of Scheduler.
+    that worker writes `floor`, `failures`, `was_slow` and `due_at`, so these need no lock. The lock
+    of Scheduler guards `jobs`.
 
     A pot is healthy or isolated. The leader serves healthy pots together. An isolated pot is served
     by itself, by a worker that does not lead, and not before `due_at`. A pot is isolated until its
@@ -1644,19 +1660,19 @@ class PotQueue:
 
     @property
     def is_suspect(self) -> bool:
-        """Whether one call has failed. If it was for several pots, another one may be the cause.
+        """Whether one call has failed or was slow. Another pot of its batch may be the cause.
 
         The next call must not wait for a lock then, so that the cause is soon found.
         """
-        return self.failures == 1
+        return self.failures == 1 or (self.was_slow and self.failures == 0)
 
     def next_jobs(self) -> list[Job]:
         """Return the jobs to serve next: the first one, and those that share its call.
 
         The caller holds the lock of Scheduler.
         """
-        if self.failures:
-            self.jobs.sort(key=queue_order)
+        if self.failures or self.was_slow:
+            self.jobs.sort(key=lambda job: job.position)
         if not self.jobs:
             return []
         kind = self.jobs[0].operation.kind
@@ -1671,7 +1687,8 @@ Batch = dict[PotQueue, list[Job]]        # the pots of one call, each with the j
 class Scheduler:
     """Decides which pots are served next. It knows all pots with jobs, and all that were read."""
 
-    def __init__(self) -> None:
+    def __init__(self, can_serve_isolated: Callable[[], bool]) -> None:
+        self._can_serve_isolated = can_serve_isolated   # whether an isolated pot may be served now
         self._lock = threading.Lock()       # guards this object and the jobs of the pots
         self.pots: dict[str, PotQueue] = {}     # by name
         self.ready: list[PotQueue] = []     # those with jobs that no worker serves; oldest first
@@ -1690,7 +1707,7 @@ class Scheduler:
                 self.ready.append(pot)
             pot.jobs.append(job)
 
-    def next_batch(self, can_serve_isolated: bool) -> Batch:
+    def next_batch(self) -> Batch:
         """Hand out the pots to serve next. The calling worker has them until put_back().
 
         A batch is either one isolated pot, one pot with an operation other than a take, or up to
@@ -1699,7 +1716,7 @@ class Scheduler:
         now = monotonic()
         batch: Batch = {}
         with self._lock:
-            for pot in self._candidates(now, can_serve_isolated)[:MAX_BATCH_POTS]:
+            for pot in self._pick_candidates(now)[:MAX_BATCH_POTS]:
                 self._remove_completed_jobs(pot)
                 jobs = pot.next_jobs()
                 is_take = not jobs or jobs[0].operation.kind is OperationKind.TAKE
@@ -1713,16 +1730,15 @@ class Scheduler:
                     break
         return batch
 
-    def _candidates(self, now: float, can_serve_isolated: bool) -> list[PotQueue]:
+    def _pick_candidates(self, now: float) -> list[PotQueue]:
         """Return the healthy pots, the oldest first; or, every other time, one isolated pot."""
         healthy = [pot for pot in self.ready if not pot.is_isolated]
         due = []
-        if can_serve_isolated and len(healthy) < len(self.ready):
+        if len(healthy) < len(self.ready) and self._can_serve_isolated():
             due = [pot for pot in self.ready if pot.is_isolated and pot.due_at <= now]
         self._isolated_are_next = not self._isolated_are_next
         if due and (self._isolated_are_next or not healthy):
-            # Each failure in a row puts a pot behind those that become due within a second.
-            return [min(due, key=lambda pot: pot.due_at + pot.failures)]
+            return [min(due, key=lambda pot: pot.due_at + pot.failures * FAILURE_PENALTY)]
         return healthy
 
     def _remove_completed_jobs(self, pot: PotQueue) -> None:
@@ -1730,7 +1746,7 @@ class Scheduler:
 
         Clients may ask for any name, and the memory must not grow by that.
         """
-        pot.jobs = [job for job in pot.jobs if job.is_waiting]
+        pot.jobs = [job for job in pot.jobs if job.waiters]
         if not pot.jobs and pot.floor is None:
             del self.pots[pot.name]
 
@@ -1742,13 +1758,17 @@ class Scheduler:
                 if pot.jobs:
                     self.ready.append(pot)
 
-    def seconds_until_due(self, can_serve_isolated: bool) -> float:
+    def seconds_until_due(self) -> float:
         """Return the time until a pot that waits is to be served, POLL_INTERVAL at most."""
-        now = monotonic()
         with self._lock:
-            delays = [pot.due_at - now if pot.is_isolated else 0.0
-                      for pot in self.ready if can_serve_isolated or not pot.is_isolated]
-        return max(0.0, min([POLL_INTERVAL, *delays]))
+            if not self.ready:
+                return POLL_INTERVAL
+            if any(not pot.is_isolated for pot in self.ready):
+                return 0.0
+            if not self._can_serve_isolated():
+                return POLL_INTERVAL
+            due_at = min([pot.due_at for pot in self.ready])
+        return max(0.0, min(POLL_INTERVAL, due_at - monotonic()))
 
     def all_jobs(self) -> list[Job]:
         with self._lock:
@@ -1779,7 +1799,7 @@ class Leadership:
     """
 
     def __init__(self) -> None:
-        self._lead = threading.Lock()       # held as long as anybody leads
+        self._lead_lock = threading.Lock()  # held as long as anybody leads
         self._guard = threading.Lock()      # makes "compare the leader, then release" one step
         # None means that nobody leads, or the main thread. A worker that has just acquired the lead
         # writes it without the guard, since release() has no effect before. The leader's busy_since
@@ -1788,7 +1808,7 @@ class Leadership:
 
     def acquire(self, worker: Worker) -> None:
         """Wait until nobody leads, then lead."""
-        self._lead.acquire()
+        self._lead_lock.acquire()
         self.leader = worker
 
     def release(self, worker: Worker) -> None:
@@ -1796,15 +1816,15 @@ class Leadership:
         with self._guard:
             if self.leader is worker:
                 self.leader = None
-                self._lead.release()
+                self._lead_lock.release()
 
     def run_if_free(self, action: Callable[[], object]) -> None:
         """Run the action in this thread, which leads meanwhile, unless anybody leads."""
-        if self._lead.acquire(blocking=False):
+        if self._lead_lock.acquire(blocking=False):
             try:
                 action()
             finally:
-                self._lead.release()
+                self._lead_lock.release()
 
 
 class Allocator:
@@ -1817,11 +1837,8 @@ class Allocator:
 
     def __init__(self, stores: Sequence[Store], hang_limit: float = 60.0) -> None:
         self._hang_limit = hang_limit       # seconds of one batch, after which a worker hangs
-        self._workers = [Worker(store, self._run_worker) for store in stores]
-        # Isolated pots are served while fewer workers than this are busy. So one can lead, and one
-        # more is free to acquire the lead.
-        self._isolation_limit = max(1, len(stores) - 2)
-        self._scheduler = Scheduler()
+        self.workers = [Worker(store, self._run_worker) for store in stores]
+        self._scheduler = Scheduler(self._can_serve_isolated)
         self._leadership = Leadership()
         # The workers write these without a lock. Each is one value, and any recent one will do.
         self._last_issued_pot = ""      # for the health check: the pot of the last take
@@ -1836,11 +1853,11 @@ class Allocator:
         """Start the workers. Raises RuntimeError if the system has no more threads."""
         self._handle_events = handle_events
         self._wake_up = wake_up
-        for worker in self._workers:
+        for worker in self.workers:
             worker.start()
 
     def supervise(self, now: float) -> bool:
-        """Keep requests being read. Return whether no worker hangs, which feeds the watchdog.
+        """Keep requests being read. Return False if a worker hangs, which the watchdog must notice.
 
         The main thread calls this often. It takes the lead from a worker whose call takes too long,
         and handles the events itself if no worker is free to lead.
@@ -1849,17 +1866,22 @@ class Allocator:
         if leader and leader.busy_since < now - LEADER_CALL_LIMIT:
             self._leadership.release(leader)
         self._leadership.run_if_free(lambda: self._handle_events(0))
-        return min([worker.busy_since for worker in self._workers]) > now - self._hang_limit
+        return min([worker.busy_since for worker in self.workers]) > now - self._hang_limit
 
     def stop(self) -> None:
         """Have the workers close their stores and end. Waits for them for a second at most."""
         self._is_stopped = True
         self._wake_up()
-        for worker in self._workers:
-            worker.join(1 / len(self._workers))
+        for worker in self.workers:
+            worker.join(1 / len(self.workers))
+
+    def _can_serve_isolated(self) -> bool:
+        """Whether so few workers are busy that one more can lead, and one is free to follow it."""
+        busy = sum([worker.busy_since < NOT_BUSY for worker in self.workers])
+        return busy < max(1, len(self.workers) - 2)
 
     def count_connections(self) -> int:
-        return sum(worker.store.is_connected for worker in self._workers)
+        return sum(worker.store.is_connected for worker in self.workers)
 
     # What a worker does, from the outermost level to the innermost. An unexpected exception ends
     # the process: see end_process().
@@ -1871,27 +1893,25 @@ class Allocator:
                 self._leadership.acquire(worker)    # the process may have stopped meanwhile
             elif not worker.store.is_connected and any(
                     other.store.is_connected and other.busy_since == NOT_BUSY
-                    for other in self._workers):
+                    for other in self.workers):
                 # An idle worker that has a connection can serve at once, so let it lead instead.
                 self._leadership.release(worker)
-                time.sleep(0.01)        # until it has acquired the lead
+                time.sleep(0.01)        # gives it the time to acquire the lead
             else:
-                self._lead(worker)
+                self._read_and_serve(worker)
         self._leadership.release(worker)
         worker.store.close()
 
-    def _lead(self, worker: Worker) -> None:
+    def _read_and_serve(self, worker: Worker) -> None:
         """Read what clients have sent, then serve the next batch."""
         delay = 0.0
         if not worker.store.is_connected:
             delay = max(0.0, self._reconnect_at - monotonic())
-        busy = sum([other.busy_since < NOT_BUSY for other in self._workers])
-        can_serve_isolated = busy < self._isolation_limit
-        timeout = delay or self._scheduler.seconds_until_due(can_serve_isolated)
+        timeout = delay or self._scheduler.seconds_until_due()
         # To read until nothing more has arrived makes larger batches: 10 % more IDs/s (wrk -c64).
         while self._handle_events(timeout):
             timeout = 0.0
-        batch = {} if delay else self._scheduler.next_batch(can_serve_isolated)
+        batch = {} if delay else self._scheduler.next_batch()
         if batch:
             self._serve(worker, batch)
 
@@ -1904,7 +1924,8 @@ class Allocator:
         try:
             store.connect()
             self._call_store(worker, batch)
-        except IdpotError as error:     # of connect(): it concerns all jobs that wait
+        except IdpotError as error:     # of connect()
+            # It concerns all jobs. If another worker is just serving some, their IDs become a gap.
             if self.count_connections():
                 error = Transient(str(error), error.detail)     # other workers can serve them
             self._fail_or_retry(store.subject, self._scheduler.all_jobs(), error)
@@ -1926,7 +1947,7 @@ class Allocator:
                 for job in jobs:
                     job.complete(result)
         except IdpotError as error:
-            # Any failure isolates the pots, as each costs a call; but Exists is no fault of a pot.
+            # Exists is a normal result. Any other error isolates the pots: each costs a call.
             if not isinstance(error, Exists):
                 for failed in batch:
                     failed.failures = min(failed.failures + 1, MAX_FAILURES)
@@ -1934,7 +1955,7 @@ class Allocator:
                 self._handle_pot_failure(worker.store, pot, jobs, error)
             else:       # any of the pots may be the cause: from now on each is tried by itself
                 for jobs in batch.values():
-                    self._defer(jobs, error)
+                    self._count_retry(jobs, error)
 
     def _handle_pot_failure(
         self, store: Store, pot: PotQueue, jobs: list[Job], error: IdpotError
@@ -1953,8 +1974,7 @@ class Allocator:
         if isinstance(error, (Transient, PotUnusable)) and store.is_connected:
             subject = f"pot {pot.name}"
         if isinstance(error, Transient):
-            # 16 ms after one failure, twice as long after each further one, a second at most.
-            pot.due_at = monotonic() + 2**pot.failures / 2**MAX_FAILURES
+            pot.due_at = monotonic() + 2**pot.failures * MIN_BACKOFF
         self._fail_or_retry(subject, jobs, error)
 
     def _fail_or_retry(self, subject: str, jobs: list[Job], error: IdpotError) -> None:
@@ -1962,20 +1982,19 @@ class Allocator:
         if isinstance(error, Unavailable):
             incidents.open(subject, error.detail)
         if isinstance(error, Transient):
-            self._defer(jobs, error)
+            self._count_retry(jobs, error)
+            for job in jobs:        # another operation may succeed where theirs has failed
+                job.position = monotonic() + READ_ADVANTAGE
         else:
             for job in jobs:
                 job.complete(error)
 
-    def _defer(self, jobs: list[Job], error: IdpotError) -> None:
-        """Count a retry for each job, and put them behind the jobs that arrive within a second.
-
-        Another kind of operation may succeed where theirs has failed.
-        """
+    def _count_retry(self, jobs: list[Job], error: IdpotError) -> None:
+        """Count a retry for each job, and keep the reason for the message at its timeout."""
         metrics.add("idpot_db_retries_total", len(jobs))
-        for job in jobs:
-            job.reason = f"{error}, tried for"
-            job.queued_at = monotonic() + 1.0
+        if isinstance(error, Transient):    # other errors may concern another pot of the batch
+            for job in jobs:
+                job.reason = f"{error}, tried for"
 
     def _take(self, store: Store, batch: Batch) -> None:
         """Take the IDs for all jobs of the batch in one call, and complete the jobs."""
@@ -1985,14 +2004,14 @@ class Allocator:
             first.floor = store.current(first.name)     # raises PotUnusable if it could repeat IDs
         claims = [Claim(pot.name, sum([job.operation.count for job in jobs]), pot.floor or 0)
                   for pot, jobs in batch.items()]
-        last_ids = store.take(claims, nowait=first.is_suspect)
+        last_ids = store.take(claims, nowait=first.is_suspect)      # then it is the only pot
         self._last_issued_pot = first.name
         metrics.add("idpot_db_statements_total", len(claims))
         metrics.add("idpot_ids_issued_total", sum([claim.size for claim in claims]))
         for pot, last_id in zip(batch, last_ids, strict=True):
             pot.floor = last_id
             pot.failures = 0
-            pot.was_slow = store.was_slow and len(self._workers) > 1    # one worker has no choice
+            pot.was_slow = store.was_slow and len(self.workers) > 1    # else it would gain nothing
             incidents.resolve(f"pot {pot.name}")
             # The last job gets the last IDs, so IDs rise in the order in which jobs arrived.
             for job in reversed(batch[pot]):
@@ -2262,7 +2281,7 @@ def parse_chunked_body(data: bytes, begin: int) -> tuple[bytes | None, int]:
         if not match:
             if b"\n" in data[position:].removeprefix(b"\r\n"):
                 raise BadRequest(
-                    f"{quoted(data[position:])} is no size line of a chunk, or no trailer")
+                    f"{quoted(data[position:])} is neither a chunk size line nor a trailer")
             break       # the line is not complete
         position = line_end
         if pattern is CHUNK_SIZE_LINE:
@@ -2284,7 +2303,7 @@ def parse_chunked_body(data: bytes, begin: int) -> tuple[bytes | None, int]:
 # ROUTES says what idpot does: a request is dispatched to a route, which builds an Operation from
 # the name of the pot and the form fields. Nothing here knows connections or stores.
 
-HEALTH_TIMEOUT = 1.7        # seconds: with SERVICE_INTERVAL the response leaves within two
+HEALTH_TIMEOUT = 1.7        # seconds; deadlines are checked each 0.2 s, so a probe waits for 2 s
 MAX_CACHED_HEAD = 1024      # bytes of a head
 MAX_CACHED_BODY = 128       # bytes of a form
 UNKNOWN = "other"           # the label of a method or a path that idpot does not know
@@ -2401,7 +2420,7 @@ def match_path(path: str) -> tuple[str, str]:
     A literal path such as /pot/create has precedence over /pot/{pot}.
     """
     parent, _, pot = path.rpartition("/")
-    if path in METHODS:
+    if path in METHODS and "{" not in path:
         return path, pot
     template = parent + "/{pot}"
     if template in METHODS and POT_NAME.fullmatch(pot):
@@ -2446,7 +2465,7 @@ def authorize(routed: RoutedHead, settings: Settings) -> None:
     token = (settings.admin_token if needs_admin else settings.token).encode()
     if token and hmac.compare_digest(token, routed.head.bearer_token):
         return
-    # Whoever opens a web page must not let it use up a pot of his own network, on any path.
+    # Against cross-site request forgery: a page could use up a pot in the network of its visitor.
     if routed.head.has_origin:
         raise Forbidden("a request from a web page (it has an Origin) needs the bearer token")
     # With an unknown path there are no methods, and so nothing to protect.
@@ -2471,7 +2490,7 @@ def parse_form(routed: RoutedHead, body: bytes) -> dict[str, str]:
         pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=100)
     except ValueError:
         raise BadRequest("the form is not UTF-8, or has too many fields")
-    post = routed.methods.get("POST")       # other methods have no fields, which is said below
+    post = routed.methods.get("POST")       # no other method has fields
     known = post.fields if post else ()
     fields: dict[str, str] = {}
     for name, value in pairs:
@@ -2488,7 +2507,8 @@ def parse_form(routed: RoutedHead, body: bytes) -> dict[str, str]:
 
 def dispatch(routed: RoutedHead, body: bytes, settings: Settings) -> Operation:
     """Return the operation that a request asks for, or raise the error to respond with."""
-    # If Token is set, so is admin_token: see load_settings().
+    # This comes first, so that the cache cannot let anybody in. If Token is set, so is admin_token:
+    # see load_settings().
     if settings.admin_token or routed.head.has_origin:
         authorize(routed, settings)
     cached = routed.operations.get(body)
@@ -2539,8 +2559,9 @@ def dispatch(routed: RoutedHead, body: bytes, settings: Settings) -> Operation:
 #   Phase            armed for   abort() shuts down   and the event is
 #   IDLE, READING,   reading     reading              EPOLLIN: recv() returns what has arrived, then
 #   LINGERING                                         nothing
-#   IDLE, with more  writing     both directions      EPOLLOUT with EPOLLHUP
-#   in the buffer
+#   IDLE, with the   writing     both directions      EPOLLOUT with EPOLLHUP
+#   next request in
+#   the buffer
 #   SENDING          writing     both directions      EPOLLOUT with EPOLLHUP: send() fails
 #   WAITING          nothing     reading              none: the 503 is sent first
 
@@ -2613,7 +2634,7 @@ class Connection:
         self.has_sent_continue = False  # for the current request
         self.routed = UNREADABLE        # the head of the current request
         self.unsent = b""               # the rest of the response in the phase SENDING
-        self.keep_alive = True          # whether the connection stays open when that was sent
+        self.keep_alive = True          # in the phase SENDING: the connection is to stay open
         self.was_aborted = False        # abort() has shut the socket down
         server.connections[self.descriptor] = self
         try:
@@ -2677,7 +2698,7 @@ class Connection:
             self.send_error(error, keep_alive)
         except OSError:
             raise
-        except Exception:       # a fault of idpot: the client and the log get to know of it
+        except Exception:       # a fault of idpot
             log.exception("request from %s", self.host)
             self.send_error(IdpotError("internal error"), False)
 
@@ -2854,13 +2875,14 @@ class Server(http.server.ThreadingHTTPServer):
         self.epoll.register(wakeup, select.EPOLLIN | select.EPOLLET)
         self.wake_up = functools.partial(os.eventfd_write, wakeup, 1)   # ends handle_events()
         self.is_stopping = False
-        self.stopped_at = 0.0           # when the shutdown began; before that it is long ago
+        self.stopped_at = -math.inf     # when the shutdown began; -inf: it has not begun
         self.jobs_end_at = math.inf     # point in time: the end of all jobs at a shutdown
-        self.limits: dict[Phase, float] = {     # seconds of a phase, from the shutdown on if later
+        # How many seconds a phase may last. drain() shortens them, and counts from its own start.
+        self.limits: dict[Phase, float] = {
             IDLE: settings.idle_timeout, READING: settings.request_timeout,
             SENDING: settings.idle_timeout, LINGERING: LINGER_TIMEOUT}
         max_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        reserved = settings.connections + 16    # database, logs, /proc, and one client more
+        reserved = len(allocator.workers) + 16      # database, logs, /proc, and one client more
         self._max_connections = max(1, min(settings.max_connections, max_files - reserved))
         self._serviced_at = 0.0         # when service_actions() last did everything
 
@@ -2869,6 +2891,8 @@ class Server(http.server.ThreadingHTTPServer):
 
         Waits for the first event as many seconds at most. Returns whether a job was added.
         """
+        # No event is out of date. Only the owner closes a connection, and with EPOLLONESHOT that is
+        # the thread that the event is reported to.
         has_job = False
         can_accept = False
         for descriptor, events in self.epoll.poll(timeout):
@@ -2948,16 +2972,16 @@ class Server(http.server.ThreadingHTTPServer):
             notify_systemd("WATCHDOG=1")
         if not self.is_stopping:
             self.epoll.modify(self, select.EPOLLIN)     # accept_connections() may have stopped
-        if signal.sigtimedwait([signal.SIGHUP], 0):     # each write opens LogFile anew anyway
+        # SIGHUP asks idpot to reopen LogFile, which each write does anyway.
+        if signal.sigtimedwait([signal.SIGHUP], 0):
             notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             notify_systemd("READY=1")
 
     def drain(self) -> None:
         """Shut down gracefully: accept what is in the backlog, then no more, and respond to all.
 
-        Each response from now on closes its connection. Returns when all connections are closed,
-        after Timeout, or at the next stop signal; the process then ends without closing the stores,
-        which loses nothing.
+        Each response from now on closes its connection. When all connections are closed, or after
+        Timeout, the stores are closed. At a second stop signal they are not, which loses nothing.
         """
         self.stopped_at = monotonic()
         self.is_stopping = True
@@ -3126,8 +3150,8 @@ def end_process(args: threading.ExceptHookArgs) -> None:
 def serve(settings: Settings, stores: Sequence[Store]) -> None:
     """Serve until a stop signal. Raises IdpotError if the server cannot be started."""
     try:
-        # While a silent database is tried, a stop signal ends the process as it does by default. A
-        # process with the PID 1 has no such default: there the signal is pending until the loop.
+        # A silent database may be tried for long. Meanwhile a stop signal has its default effect,
+        # which is to end the process; with the PID 1 there is none, so the signal stays pending.
         if os.getpid() > 1:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         description = stores[0].start()
@@ -3151,8 +3175,8 @@ def serve(settings: Settings, stores: Sequence[Store]) -> None:
     if not settings.log_file and sys.stderr.isatty():
         log.info("a line for each request follows; LogFile = /dev/null in the settings ends that")
     notify_systemd(f"READY=1\nSTATUS={description}")
-    # The signals are blocked, and asked for here. To wait in sigtimedwait() can report a signal
-    # twice after a SIGSTOP, so it only asks. Allocator.supervise() needs the short interval.
+    # The signals are blocked, and polled here. sigtimedwait() with a timeout could report a signal
+    # twice after a SIGSTOP. Allocator.supervise() needs the short interval.
     while not signal.sigtimedwait(STOP_SIGNALS, 0):
         time.sleep(0.05)
         server.service_actions()

@@ -2679,6 +2679,12 @@ def test_answers_to_the_byte_but_for_the_order_of_their_fields(http_server, data
     assert (b"\r\n".join([status, *sorted(fields)]), content) == (head, body)
 
 
+@parametrize("path", ["/id/{pot}", "/pot/{pot}"])
+def test_the_template_of_a_path_is_no_path(http_server, path):
+    for method in ("GET", "POST"):
+        assert http_server.answer(method, path) == (404, f'there is nothing at "{path}"\n')
+
+
 def test_the_date_is_now_in_gmt_all_along(run):
     server = run(environment={"TZ": "XYZ-9"})
     seen = set()
