@@ -124,7 +124,7 @@ class Unavailable(IdpotError):
 
 
 class Transient(Unavailable):
-    """A call of the database failed for a reason that may pass.
+    """A database call failed for a reason that may pass.
 
     Inside idpot it is tried again until the request times out; then the client gets a 503.
     """
@@ -141,7 +141,7 @@ class DatabaseUnusable(Unavailable):
 
 
 class ProbeFailed(IdpotError):
-    """A health check failed. Unlike Unavailable it is not logged: the response is all."""
+    """A health check failed. Unlike Unavailable it is not logged, only reported in the response."""
     status = 503
     header = Unavailable.header
 
@@ -245,7 +245,7 @@ class Dsn:
 
 # The password is greedy: it ends at the last "@" after which the rest of the pattern matches. So it
 # may contain any of "@:/()?&".
-DSN = re.compile(
+DSN_PATTERN = re.compile(
     r"(?:(?P<user>[^:]*)(?::(?P<password>.*))?@)?"
     r"(?P<net>tcp[46]?|unix)?(?:\((?P<inside>.*)\))?"
     r"/(?P<database>[^/?]+)(?:\?(?P<parameters>[^/]*))?", re.DOTALL)
@@ -261,7 +261,7 @@ def parse_dsn(text: str) -> Dsn:
     No error message contains a part of the password: they quote only what stands within the
     parentheses, or the value of tls, and both are behind the password.
     """
-    match = DSN.fullmatch(text)
+    match = DSN_PATTERN.fullmatch(text)
     if not match:
         raise SettingsError("it is not of the form user:password@tcp(host:port)/dbname, or with "
                             "unix(/path) for tcp(...); with a ; or # in it, it needs double quotes")
@@ -294,14 +294,14 @@ class Settings:
     """The settings, with their defaults. Each annotation lists type, section and converter.
 
     SETTINGS, below, is made of these annotations. In the file a name has no underscores and may be
-    in any letter case. No name occurs in two sections, so a name alone identifies a setting.
+    in any letter case. No name occurs in two sections, so a name alone identifies a setting. If
+    admin_token is not set, load_settings() sets it to token.
     """
     listen: Annotated[Address, "Server", parse_address] = DEFAULT_LISTEN
     log_file: Annotated[str, "Server", str] = ""            # a strftime pattern; "" means stderr
     log_link_name: Annotated[str, "Server", str] = ""       # a symlink to the newest log file
     token: Annotated[str, "Server", parse_token] = ""       # needed for all but /healthz
-    admin_token: Annotated[str, "Server", parse_token] = ""         # for create and raise; without
-                                                            # it load_settings() sets it to token
+    admin_token: Annotated[str, "Server", parse_token] = ""         # for create and raise, or token
     timeout: Annotated[float, "Server", parse_seconds] = 10.0       # for the database, then 503
     request_timeout: Annotated[float, "Server", parse_seconds] = 10.0   # to arrive, then 408
     idle_timeout: Annotated[float, "Server", parse_seconds] = 60.0      # between requests
@@ -338,9 +338,9 @@ SETTINGS = {    # by the name in the file, in lower case
     field.replace("_", ""): Setting(field, *hint.__metadata__)
     for field, hint in get_type_hints(Settings, include_extras=True).items()
     if hasattr(hint, "__metadata__")}
-SECTIONS = [setting.section for setting in SETTINGS.values()]
-SECTION = re.compile(r"\[\s*(?P<header>[^]\s][^]]*?)\s*\]\s*(?:[;#].*)?$")
-VALUE = re.compile(r'''((?:"(?:[^"\\\0]|\\["\\nt])*"|[^"\\\0;#])*)(?:[;#].*)?''')
+SECTIONS = {setting.section for setting in SETTINGS.values()}
+SECTION_PATTERN = re.compile(r"\[\s*(?P<header>[^]\s][^]]*?)\s*\]\s*(?:[;#].*)?$")
+VALUE_PATTERN = re.compile(r'''((?:"(?:[^"\\\0]|\\["\\nt])*"|[^"\\\0;#])*)(?:[;#].*)?''')
 UNESCAPED = {'"': "", r"\"": '"', r"\\": "\\", r"\n": "\n", r"\t": "\t"}
 
 
@@ -351,7 +351,7 @@ def read_settings(path: str) -> tuple[configparser.RawConfigParser, dict[str, tu
     """
     reader = configparser.RawConfigParser(
         delimiters="=", comment_prefixes=(";", "#"), default_section="")
-    reader.SECTCRE = SECTION
+    reader.SECTCRE = SECTION_PATTERN
     try:
         with open(path, encoding="utf-8-sig") as file:
             # To configparser an indented line would continue the value above it.
@@ -375,11 +375,11 @@ def read_settings(path: str) -> tuple[configparser.RawConfigParser, dict[str, tu
 
 def unquote_value(text: str) -> str:
     """Return the value of the text after the "=" of a line, without quotes and comment."""
-    match = VALUE.fullmatch(text)
+    match = VALUE_PATTERN.fullmatch(text)
     if not match:
         raise SettingsError('a double quote is not closed, or a backslash is not part of \\" \\\\ '
                             '\\n or \\t within double quotes')
-    # VALUE admits no other escapes than those in UNESCAPED. A quote by itself is removed.
+    # VALUE_PATTERN admits no other escapes than those in UNESCAPED. A quote by itself is removed.
     return re.sub(r'\\.|"', lambda part: UNESCAPED[part[0]], match[1].strip())
 
 
@@ -433,7 +433,7 @@ METRICS = {
     "idpot_connections": ("gauge", "Open HTTP connections."),
     "idpot_ids_issued_total": ("counter", "IDs that were taken from pots."),
     "idpot_db_statements_total": (
-        "counter", "Statements that took IDs, each for all requests that waited for the pot."),
+        "counter", "Statements that took IDs. One serves all requests that wait for a pot."),
     "idpot_db_seconds_total": (
         "counter", "Time spent in the database, summed over all connections."),
     "idpot_db_errors_total": ("counter", "Errors of the database."),
@@ -519,17 +519,16 @@ metrics = Metrics()
 class Incidents:
     """The faults that last, each under its subject: a database, a pot, or the access log.
 
-    Whoever meets a fault calls open() each time. The first call logs it, and further calls do
-    nothing until resolve(), which logs that the subject has recovered. If the fault comes back
-    within QUIET_INTERVAL after its last line, it is logged only by a call of open() after that, if
-    it lasts so long. So faults that come and go, such as conflicts in a cluster, are not logged
-    each time.
+    Whoever meets a fault calls open() each time. The first call logs the fault, and resolve() logs
+    the recovery. After a fault of a subject was logged, further ones are logged only if they are
+    still there when QUIET_INTERVAL is over. So faults that come and go, such as conflicts in a
+    cluster, do not flood the log.
     """
     QUIET_INTERVAL = 30.0       # seconds
 
     def __init__(self) -> None:
         self._lock = threading.Lock()       # makes open() atomic
-        self._open: dict[str, float] = {}           # subject -> when it was logged
+        self._open: dict[str, bool] = {}            # the subjects; all values are True
         self._quiet_until: dict[str, float] = {}    # subject -> point in time; never removed
 
     def open(self, subject: str, text: str, level: int = logging.WARNING) -> None:
@@ -541,7 +540,7 @@ class Incidents:
             now = monotonic()
             if subject in self._open or now < self._quiet_until.get(subject, now):
                 return
-            self._open[subject] = now
+            self._open[subject] = True
             self._quiet_until[subject] = now + self.QUIET_INTERVAL
         if not text.startswith(subject):
             text = f"{subject}: {text}"
@@ -550,10 +549,10 @@ class Incidents:
     def resolve(self, subject: str) -> None:
         """Log that the subject has recovered, if an incident is open.
 
-        This runs after every call of the database, so it takes no lock: dict.pop() is atomic. In a
+        This runs after every database call, so it takes no lock: dict.pop() is atomic. In a
         close race the two lines may be logged in the wrong order.
         """
-        if self._open.pop(subject, None) is not None:
+        if self._open.pop(subject, False):
             log.info("%s has recovered", subject)
 
 
@@ -694,22 +693,26 @@ def escape_for_log(data: bytes) -> str:
 
 # ------------------------------------------------------------------------------------------ stores
 #
-# A store keeps pots in a database. Each worker owns one store and is the only thread that uses it.
-# Store is the contract: all that another database would have to implement.
+# A store keeps pots in a database. Workers are the threads that serve requests; each owns one store
+# and is the only thread that uses it. Store is the contract, which another database would have to
+# implement. The allocator, which has the workers, comes after the stores.
+#
+# Words. The counter of a pot is what the database holds: the last ID that was issued, by whichever
+# process. The floor of a pot is the highest ID that this process has issued or reported. A claim is
+# what a store is to take from one pot. Several claims go in one call.
+
+MAX_BATCH_POTS = 64         # claims in one call
 
 class Claim(NamedTuple):
-    """What a call is to take from a pot: `size` IDs, all of them above the floor.
-
-    The floor is the highest number that this process has issued or reported for the pot.
-    """
+    """What a call is to take from a pot: `size` IDs, all of them above the floor."""
     pot: str
     size: int
     floor: int
 
 
 class Store(Protocol):
-    """Pots in a database. To support another database, write such a class, add its section to
-    Settings, and choose it in run().
+    """Pots in a database. To support another database, write such a class, add its settings to
+    Settings and load_settings(), and choose it in run().
 
     Each method may raise these errors, which say who has to act:
 
@@ -736,31 +739,32 @@ class Store(Protocol):
 
     @property
     def was_slow(self) -> bool:
-        """Whether the last successful take() was much slower than the database usually is.
+        """Whether the last successful take() was much slower than the database is at the moment.
 
-        Then its pots are the cause, not a slow database or a long way to it.
+        Then the pots are the cause, and not a slow database or network.
         """
 
     def start(self) -> str:
         """Prepare the database; return a description of it for the log.
 
-        The main thread calls it on one store, before the workers start.
+        The main thread calls it on one store, before the workers start. If the database is down,
+        but may come later, this opens an incident and does not fail.
         """
 
     def probe(self) -> str:
         """Try the database for --check without writing to it; return a phrase about the result."""
 
     def connect(self) -> None:
-        """Ensure that there is a connection to a server that can issue IDs, as far as is known."""
+        """Ensure that there is a connection to a server that could issue IDs a second ago."""
 
     def take(self, claims: Sequence[Claim], nowait: bool = False) -> list[int]:
         """Take IDs for all claims in one call; return the last, greatest ID of each.
 
         There are at most MAX_BATCH_POTS claims, each of another pot. If one of them fails, the call
-        fails, though counters may have moved: the caller then repeats them one by one. If there is
-        one claim, and its counter is below the floor, the counter is corrected, but the call still
-        fails with Transient. With nowait a locked pot is an error at once, if the database can do
-        that. Raises NotFound or Exhausted.
+        fails, though counters may have moved: the caller then repeats them one by one. A counter
+        that is below its floor must not issue IDs up to the floor; a store may correct it and raise
+        Transient, so that the call is repeated. With nowait a locked pot is an error at once, if
+        the database can do that. Raises NotFound or Exhausted.
         """
 
     def current(self, pot: str) -> int:
@@ -778,8 +782,8 @@ class Store(Protocol):
     def check(self, pot: str) -> None:
         """Raise Unavailable unless an ID could be issued now.
 
-        Try that pot, unless the name is empty. Ignore that it does not exist or is unusable. If it
-        is locked, raise the error, because all other pots may be locked as well.
+        Try that pot, unless the name is empty. Ignore that it does not exist or is unusable. Do not
+        ignore that it is locked, because the whole database may be.
         """
 
     def close(self) -> None:
@@ -933,7 +937,7 @@ class SqliteStore:
 # into ours. MysqlStore has a MysqlConnection, and the SQL of the pots.
 #
 # All connections use the same server until it cannot issue IDs or does not reply in time; then all
-# use the next one. A server that comes back is not used again before all behind it have failed: it
+# use the next one. A server that comes back is not used before all those after it have failed: it
 # may have missed the IDs that the others issued meanwhile.
 
 CANNOT_SERVE = "the database cannot serve this now"
@@ -1021,8 +1025,8 @@ Row = tuple[Any, ...]       # a row of a query: the driver returns what the colu
 class DriverConnection(Protocol):
     """What idpot uses of a connection of mysql-connector-python.
 
-    The driver has two forms. Its C extension reports the results of several statements through the
-    last three members; the pure Python form has cmd_query_iter() for that.
+    The driver has two forms. For several statements in one call, the pure Python form has
+    cmd_query_iter(); the C extension has more_results, next_result() and fetch_eof_status().
     """
     in_transaction: bool
 
@@ -1097,11 +1101,11 @@ class MysqlConnection:
         self._tls = dsn.tls
         self.connection: DriverConnection | None = None     # the driver's
         self._generation = 0        # MysqlServers.generation when the connection was made
-        # When the server was last found to be able to issue IDs. Since that is checked every second
-        # while the connection is used, it also tells how long the connection has been unused.
+        # When the server was last found to be able to issue IDs. That is checked every second while
+        # the connection is used. So a time long ago also means that the connection was not used.
         self._checked_at = 0.0
         self._latency = 0.0         # seconds that it took to reply then
-        self.unless_read_only = ""  # UNLESS_READ_ONLY if this server lets statements ask that
+        self.unless_read_only = ""  # UNLESS_READ_ONLY, or "" if this server would warn of it
         self.was_slow = False       # see Store
         self.subject = "MySQL " + ",".join([address.name for address in dsn.addresses])
         self._arguments: dict[str, object] = {
@@ -1234,7 +1238,8 @@ class MysqlConnection:
     def check_server(self) -> None:
         """Raise Transient if the server cannot issue IDs now, DatabaseUnusable if it never can.
 
-        It is run by call_driver(), which closes the connection if it raises.
+        Notes the latency, the cluster, and the time of the check. It is run by call_driver(), which
+        closes the connection if it raises.
         """
         now = monotonic()
         state: dict[str, str] = dict(self.query(SHOW_STATE))
@@ -1261,8 +1266,8 @@ class MysqlConnection:
             raise Transient(f"{CANNOT_SERVE}: it is read-only (error 1290)")
         if cluster and self._engine.lower() != "innodb":
             raise DatabaseUnusable(f"Engine: {cluster} replicates InnoDB only, not {self._engine}")
-        can_ask = state.get("binlog_format") != "STATEMENT"
-        self.unless_read_only = UNLESS_READ_ONLY if can_ask else ""
+        is_safe = state.get("binlog_format") != "STATEMENT"
+        self.unless_read_only = UNLESS_READ_ONLY if is_safe else ""
         self._checked_at = now
 
     def _check_group_member(self) -> None:
@@ -1282,8 +1287,8 @@ class MysqlConnection:
         """Run statements in one call; return the replies if what was written is sure to last.
 
         If the call has taken long, the server is checked again: it may have become read-only, or it
-        may be slow itself. Another worker may have given the server up meanwhile: what it replies
-        then does not count. A trigger or a proxy may have begun a transaction, which would not be
+        may be slow itself. If another worker has failed over meanwhile, the reply of this server
+        does not count. A trigger or a proxy may have begun a transaction, which would not be
         committed.
         """
         start = monotonic()
@@ -1357,7 +1362,6 @@ class MysqlStore:
         return f"{self.subject}/{self._settings.dsn.database}, {self._settings.engine}"
 
     def probe(self) -> str:
-        self.connect()
         ignored = self._settings.dsn.ignored
         if ignored:
             log.warning("ConnectString: these parameters are ignored: %s", ignored)
@@ -1365,6 +1369,7 @@ class MysqlStore:
         if engine.lower() not in DURABLE_ENGINES:
             log.warning("Engine %s does not survive a power cut: IDs of the last half minute may "
                         "come again; InnoDB loses none", engine)
+        self.connect()
         return f"{self.subject} can be reached"
 
     def connect(self, max_age: float = STATE_MAX_AGE) -> None:
@@ -1423,7 +1428,7 @@ class MysqlStore:
             last_id = last_ids[pot]
             if last_id >= floor + size:
                 continue
-            # The counter was below the floor. Or a trigger has run, so that last_id is 0 (unknown).
+            # Either the counter was below the floor, or a trigger has run, which makes last_id 0.
             # If this is the only claim, the counter is raised, and the worker takes again.
             if len(claims) == 1:
                 self.raise_to(pot, floor)
@@ -1502,13 +1507,12 @@ class MysqlStore:
 
 # -------------------------------------------------------------------------------------- allocation
 #
-# The allocator turns the requests that wait at the same time into one call of the database.
+# The allocator turns the requests that wait at the same time into one database call.
 #
-# Words. An Operation is what a request asks for. A Job is an operation that waits in the queue of
-# its pot. A batch is a set of pots that are served together: a worker adds up how many IDs the jobs
-# of each pot want, which makes a Claim per pot, its store takes all claims in one call, and the
-# worker completes the jobs. The counter is what the database holds for a pot: the last ID that was
-# issued, by whomever. The floor is the highest ID that this process has issued or reported.
+# An Operation is what a request asks for. A Job is an operation that waits in the queue of its pot.
+# A batch is a set of pots that are served together: a worker adds up how many IDs the jobs of each
+# pot want, which makes one Claim per pot, its store takes all claims in one call, and the worker
+# completes the jobs.
 #
 # Threads. Each worker is a thread that owns one store, and so one database connection, for life.
 # The workers follow the Leader/Followers pattern (Schmidt et al., 2000). One of them, the leader,
@@ -1517,29 +1521,39 @@ class MysqlStore:
 # would cost more than the call itself.
 #
 # A leader gives up the lead in two ways:
-#   - It releases the lead before an operation that may be slow: the list of all pots, and anything
-#     on an isolated pot, which is one whose last call failed or was slow, or that was never read.
+#   - It releases the lead before an operation that may be slow: one on an isolated pot, or the list
+#     of all pots.
 #   - The main thread takes the lead away if a call lasts longer than LEADER_CALL_LIMIT.
 # Either way an idle worker acquires the lead and goes on reading. If no worker is idle, the main
 # thread reads, so that requests that need no database still get their response.
 #
-# Failures. What fails with Transient is tried again until the jobs time out. If a call for several
-# pots fails, each of them is isolated and tried by itself at once, without waiting for locks, so
-# that the cause is soon found. If a call for one pot fails, the pot is tried again after a backoff:
-# 16 ms, and twice as long after each further failure, a second at most. Meanwhile jobs that have
-# failed stand behind new ones, and takes behind reads, since a table that is locked for a backup
-# can often be read. Isolated and healthy pots are served in turns. Of the isolated pots that are
-# due, the one that has been due for longest is next; each failure in a row counts against it.
+# Isolation. A pot whose table may be locked must not delay the others. It is isolated: served by
+# itself, by a worker that does not lead.
+#
+#   A pot is   if                              and its next call                     until
+#   unread     its counter was never read      reads the counter first               a call succeeds
+#   suspect    one call has failed, or the     does not wait for locks: the cause    a take succeeds
+#              last take was slow              may be another pot of the batch
+#   failing    several calls in a row failed   waits for locks                       a take succeeds
+#   healthy    none of these is true           is made with others, by the leader
+#
+# Isolated and healthy pots are served in turns. Of the isolated pots that are due, the one that has
+# been due for longest is next, but each failure in a row puts a pot back by FAILURE_PENALTY.
+#
+# Retries. A job that has failed with Transient stays in its queue, and put_back() has its pot
+# served again, until the job times out. If the call was for several pots, each is tried again at
+# once. If it was for one pot, that is due after a backoff: 16 ms, then twice as long after each
+# further failure, 1 s at most. Meanwhile its jobs that have failed stand behind new ones, and takes
+# behind reads, since a table that is locked for a backup can often be read.
 #
 # For a moment there can be two readers: a leader that has lost the lead notices it only when its
 # call returns. That is safe. The kernel reports an event of a connection to one of them only (see
 # the section on connections), and Scheduler.next_batch() hands out a pot to one of them only.
 
-MAX_BATCH_POTS = 64
 LEADER_CALL_LIMIT = 0.1     # seconds of a call, after which the main thread takes the lead away
 RECONNECT_INTERVAL = 0.1    # seconds after a failed attempt to connect, in which no worker tries it
-MIN_BACKOFF = 1 / 128       # seconds, doubled with each failure
-MAX_FAILURES = 7            # from so many failures in a row on, the backoff grows no further
+BACKOFF_UNIT = 1 / 128      # seconds; the backoff is this times 2 ** failures: 16 ms at the first
+MAX_FAILURES = 7            # more failures in a row are not counted: 2 ** 7 / 128 is one second
 FAILURE_PENALTY = 1.0       # seconds by which a failure puts a pot behind other isolated ones
 READ_ADVANTAGE = 1.0        # seconds by which reads go before takes in the queue of a failing pot
 POLL_INTERVAL = 0.2         # seconds that the leader waits for requests at most
@@ -1598,7 +1612,8 @@ class Job:
     thread when the deadline has passed. Only the first one calls the waiter. From then on that
     thread owns the connection that was waiting.
     """
-    # The beginning of the message at the timeout, to which time_out() adds the seconds.
+    # The beginning of the message at the timeout, to which time_out() adds the seconds. When an
+    # attempt fails, the allocator replaces it.
     reason = "the database did not answer in"
 
     def __init__(self, operation: Operation, waiter: Waiter, timeout: float = 10.0) -> None:
@@ -1630,13 +1645,11 @@ class Job:
 class PotQueue:
     """The jobs of one pot, and what this process knows about its counter.
 
-    A pot with jobs is either in Scheduler.ready or with exactly one worker, which serves it. Only
+    A pot with jobs is either in Scheduler.queued or with exactly one worker, which serves it. Only
     that worker writes `floor`, `failures`, `was_slow` and `due_at`, so these need no lock. The lock
     of Scheduler guards `jobs`.
 
-    A pot is healthy or isolated. The leader serves healthy pots together. An isolated pot is served
-    by itself, by a worker that does not lead, and not before `due_at`. A pot is isolated until its
-    counter has been read, and again from a failed or slow call until the next successful take.
+    The introduction of this section has a table of the conditions of a pot.
     """
 
     def __init__(self, name: str) -> None:
@@ -1660,10 +1673,7 @@ class PotQueue:
 
     @property
     def is_suspect(self) -> bool:
-        """Whether one call has failed or was slow. Another pot of its batch may be the cause.
-
-        The next call must not wait for a lock then, so that the cause is soon found.
-        """
+        """Whether the next call must not wait for locks: another pot may be the cause."""
         return self.failures == 1 or (self.was_slow and self.failures == 0)
 
     def next_jobs(self) -> list[Job]:
@@ -1691,7 +1701,7 @@ class Scheduler:
         self._can_serve_isolated = can_serve_isolated   # whether an isolated pot may be served now
         self._lock = threading.Lock()       # guards this object and the jobs of the pots
         self.pots: dict[str, PotQueue] = {}     # by name
-        self.ready: list[PotQueue] = []     # those with jobs that no worker serves; oldest first
+        self.queued: list[PotQueue] = []     # those with jobs that no worker serves; oldest first
         self._isolated_are_next = False     # isolated and healthy pots take turns
 
     def add(self, job: Job) -> None:
@@ -1704,7 +1714,7 @@ class Scheduler:
             # A pot that a worker serves keeps the jobs of the batch. So an empty queue means that
             # no worker has the pot.
             if not pot.jobs:
-                self.ready.append(pot)
+                self.queued.append(pot)
             pot.jobs.append(job)
 
     def next_batch(self) -> Batch:
@@ -1722,7 +1732,7 @@ class Scheduler:
                 is_take = not jobs or jobs[0].operation.kind is OperationKind.TAKE
                 if batch and not is_take:
                     break       # it is the first of a later batch
-                self.ready.remove(pot)
+                self.queued.remove(pot)
                 pot.due_at = now
                 if jobs:
                     batch[pot] = jobs
@@ -1732,10 +1742,10 @@ class Scheduler:
 
     def _pick_candidates(self, now: float) -> list[PotQueue]:
         """Return the healthy pots, the oldest first; or, every other time, one isolated pot."""
-        healthy = [pot for pot in self.ready if not pot.is_isolated]
+        healthy = [pot for pot in self.queued if not pot.is_isolated]
         due = []
-        if len(healthy) < len(self.ready) and self._can_serve_isolated():
-            due = [pot for pot in self.ready if pot.is_isolated and pot.due_at <= now]
+        if len(healthy) < len(self.queued) and self._can_serve_isolated():
+            due = [pot for pot in self.queued if pot.is_isolated and pot.due_at <= now]
         self._isolated_are_next = not self._isolated_are_next
         if due and (self._isolated_are_next or not healthy):
             return [min(due, key=lambda pot: pot.due_at + pot.failures * FAILURE_PENALTY)]
@@ -1756,18 +1766,18 @@ class Scheduler:
             for pot in batch:
                 self._remove_completed_jobs(pot)
                 if pot.jobs:
-                    self.ready.append(pot)
+                    self.queued.append(pot)
 
     def seconds_until_due(self) -> float:
         """Return the time until a pot that waits is to be served, POLL_INTERVAL at most."""
         with self._lock:
-            if not self.ready:
+            if not self.queued:
                 return POLL_INTERVAL
-            if any(not pot.is_isolated for pot in self.ready):
+            if any(not pot.is_isolated for pot in self.queued):
                 return 0.0
             if not self._can_serve_isolated():
                 return POLL_INTERVAL
-            due_at = min([pot.due_at for pot in self.ready])
+            due_at = min([pot.due_at for pot in self.queued])
         return max(0.0, min(POLL_INTERVAL, due_at - monotonic()))
 
     def all_jobs(self) -> list[Job]:
@@ -1883,8 +1893,7 @@ class Allocator:
     def count_connections(self) -> int:
         return sum(worker.store.is_connected for worker in self.workers)
 
-    # What a worker does, from the outermost level to the innermost. An unexpected exception ends
-    # the process: see end_process().
+    # What a worker does, outermost level first. Unexpected exceptions reach end_process().
 
     def _run_worker(self, worker: Worker) -> None:
         """Wait for the lead, then read and serve, until the process stops."""
@@ -1928,7 +1937,7 @@ class Allocator:
             # It concerns all jobs. If another worker is just serving some, their IDs become a gap.
             if self.count_connections():
                 error = Transient(str(error), error.detail)     # other workers can serve them
-            self._fail_or_retry(store.subject, self._scheduler.all_jobs(), error)
+            self._fail_or_keep(store.subject, self._scheduler.all_jobs(), error)
             self._reconnect_at = monotonic() + RECONNECT_INTERVAL
         finally:
             self._scheduler.put_back(batch)
@@ -1963,8 +1972,8 @@ class Allocator:
         """Decide what becomes of the jobs of a pot whose call failed."""
         if isinstance(error, Exhausted) and len(jobs) > 1:
             try:
-                # The claims do not all fit. Those that do are served, beginning with the smallest:
-                # if one does not fit, no greater one does. Jobs that were completed here stay so.
+                # Not all claims fit. Serve those that do, the smallest first: if one does not fit,
+                # no greater one does. Jobs that are completed here stay so.
                 for job in sorted(jobs, key=lambda job: job.operation.count):
                     self._take(store, {pot: [job]})
             except IdpotError as last_error:
@@ -1974,16 +1983,16 @@ class Allocator:
         if isinstance(error, (Transient, PotUnusable)) and store.is_connected:
             subject = f"pot {pot.name}"
         if isinstance(error, Transient):
-            pot.due_at = monotonic() + 2**pot.failures * MIN_BACKOFF
-        self._fail_or_retry(subject, jobs, error)
+            pot.due_at = monotonic() + 2**pot.failures * BACKOFF_UNIT
+        self._fail_or_keep(subject, jobs, error)
 
-    def _fail_or_retry(self, subject: str, jobs: list[Job], error: IdpotError) -> None:
-        """Let the jobs wait for another attempt if that may help, else fail them."""
+    def _fail_or_keep(self, subject: str, jobs: list[Job], error: IdpotError) -> None:
+        """Keep the jobs queued for another attempt if that may help, else fail them."""
         if isinstance(error, Unavailable):
             incidents.open(subject, error.detail)
         if isinstance(error, Transient):
             self._count_retry(jobs, error)
-            for job in jobs:        # another operation may succeed where theirs has failed
+            for job in jobs:        # behind new jobs, of which some may succeed
                 job.position = monotonic() + READ_ADVANTAGE
         else:
             for job in jobs:
@@ -2011,7 +2020,7 @@ class Allocator:
         for pot, last_id in zip(batch, last_ids, strict=True):
             pot.floor = last_id
             pot.failures = 0
-            pot.was_slow = store.was_slow and len(self.workers) > 1    # else it would gain nothing
+            pot.was_slow = store.was_slow and len(self.workers) > 1    # one worker gains nothing
             incidents.resolve(f"pot {pot.name}")
             # The last job gets the last IDs, so IDs rise in the order in which jobs arrived.
             for job in reversed(batch[pot]):
@@ -2030,6 +2039,7 @@ class Allocator:
         elif operation.kind is OperationKind.RAISE:
             value = store.raise_to(pot.name, max(operation.minimum, pot.floor or 0))
         else:
+            assert operation.kind is OperationKind.READ
             value = store.current(pot.name)
         if operation.kind is not OperationKind.READ:    # a locked pot can often be read
             incidents.resolve(f"pot {pot.name}")
@@ -2131,15 +2141,15 @@ MAX_CHUNK_OVERHEAD = 8192   # bytes of the size lines and trailers of a chunked 
 CHUNK_LINE_COST = 8         # bytes that are added for each of these lines: many short lines take
                             # longer to parse than a few long ones
 
-TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([0-9]\.[0-9])\r\n")
-FIELD_LINE = TOKEN + rb":[\t -~\x80-\xff]*\r\n"
-HEAD = re.compile(REQUEST_LINE.pattern + b"((?:" + FIELD_LINE + rb")*)\r\n")
+TOKEN_PATTERN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(rb"(" + TOKEN_PATTERN + rb") ([!-~]+) HTTP/([0-9]\.[0-9])\r\n")
+FIELD_LINE = TOKEN_PATTERN + rb":[\t -~\x80-\xff]*\r\n"
+HEAD_PATTERN = re.compile(REQUEST_LINE.pattern + b"((?:" + FIELD_LINE + rb")*)\r\n")
 FIELD_PARTS = re.compile(rb"([^:\r\n]+):([^\r\n]*)\r\n")
 CHUNK_SIZE_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,16})(?:[\t ]*;[\t -~\x80-\xff]*)?\r\n")
 TRAILER_LINE = re.compile(FIELD_LINE + rb"|\r\n")
-HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
-ABSOLUTE_FORM = re.compile(rb"(?i)\Ahttps?://(?=[^/?:])" + HOST.pattern + b"(?=[/?]|$)")
+HOST_PATTERN = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
+ABSOLUTE_FORM = re.compile(rb"(?i)\Ahttps?://(?=[^/?:])" + HOST_PATTERN.pattern + b"(?=[/?]|$)")
 EMPTY_LINES = re.compile(rb"(?:\r\n)+")
 FORM = b"application/x-www-form-urlencoded"
 
@@ -2224,7 +2234,7 @@ def check_head_so_far(data: bytes) -> None:
 def parse_head(data: bytes) -> RequestHead:
     """Return what a complete head says, which ends with an empty line."""
     check_head_so_far(data)
-    match = HEAD.fullmatch(data)
+    match = HEAD_PATTERN.fullmatch(data)
     if not match:
         raise BadRequest("a header line is malformed")
     method, target, version, lines = match.groups()
@@ -2235,11 +2245,11 @@ def parse_head(data: bytes) -> RequestHead:
     content_length = parse_content_length(fields, is_http10)
     # HTTP/1.1 requires Host (RFC 9112, 3.2), though its value may be empty.
     is_host_missing = b"host" not in fields and not is_http10
-    if is_host_missing or not HOST.fullmatch(fields.get(b"host", b"")):
+    if is_host_missing or not HOST_PATTERN.fullmatch(fields.get(b"host", b"")):
         raise BadRequest("header Host is missing or malformed")
     if fields.get(b"expect", b"100-continue").lower() != b"100-continue":
         raise HttpError(417, "Expect is understood as 100-continue only")
-    options = re.findall(TOKEN, fields.get(b"connection", b"").lower())
+    options = re.findall(TOKEN_PATTERN, fields.get(b"connection", b"").lower())
     scheme, _, credentials = fields.get(b"authorization", b"").partition(b" ")
     path, query = parse_target(target)
     return RequestHead(
@@ -2303,7 +2313,7 @@ def parse_chunked_body(data: bytes, begin: int) -> tuple[bytes | None, int]:
 # ROUTES says what idpot does: a request is dispatched to a route, which builds an Operation from
 # the name of the pot and the form fields. Nothing here knows connections or stores.
 
-HEALTH_TIMEOUT = 1.7        # seconds; deadlines are checked each 0.2 s, so a probe waits for 2 s
+HEALTH_TIMEOUT = 1.7        # seconds; with 0.2 s between checks of deadlines it is below 2 s
 MAX_CACHED_HEAD = 1024      # bytes of a head
 MAX_CACHED_BODY = 128       # bytes of a form
 UNKNOWN = "other"           # the label of a method or a path that idpot does not know
@@ -2579,22 +2589,16 @@ READING: Final = "reading"
 WAITING: Final = "waiting"
 SENDING: Final = "sending"
 LINGERING: Final = "lingering"
-# The phase and when it began. A plain tuple is made in 0.04 us and a NamedTuple in 0.15 (python3 -m
-# timeit, 3.13), three times a request.
-State = tuple[Phase, float]
+# Two plain tuples instead of classes, for speed: a request makes four of them within 16 us. A tuple
+# takes 0.04 us and a NamedTuple 0.15 (python3.13 -m timeit).
+State = tuple[Phase, float]         # the phase, and when it began
+# A response that was sent, for the access log and the metrics: the host of the client, the head of
+# the request, the status, the bytes of the body that were sent, the seconds since the request came.
+AccessEntry = tuple[str, RoutedHead, int, int, float]
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 PLAIN_TEXT = "text/plain; charset=utf-8"
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
-
-
-class AccessEntry(NamedTuple):
-    """A response that was sent, for the access log and the metrics."""
-    host: str
-    routed: RoutedHead
-    status: int
-    size: int           # of the body that was sent, in bytes
-    seconds: float      # from the arrival of the request on
 
 
 @functools.lru_cache(maxsize=256)
@@ -2763,7 +2767,7 @@ class Connection:
         now = monotonic()
         # It is counted before it is sent: whoever has the response finds it in the metrics.
         self.server.responses.append(
-            AccessEntry(self.host, self.routed, status, len(sent_body), now - self.state[1]))
+            (self.host, self.routed, status, len(sent_body), now - self.state[1]))
         self.job = None
         self.send(
             response_head(status, media_type, fields, len(body)) + sent_body, keep_alive, now)
@@ -2797,7 +2801,10 @@ class Connection:
             self.rearm(READABLE)
 
     def rearm(self, events: int) -> None:
-        """End the ownership: the next event may be reported to another thread."""
+        """End the ownership: the next event may be reported to another thread at once.
+
+        The caller must not touch the connection after this.
+        """
         self.server.epoll.modify(self.descriptor, events)
 
     def close(self) -> None:
@@ -2809,7 +2816,7 @@ class Connection:
     def abort(self) -> None:
         """Time out the job, if there is one, and have the owner close the connection soon.
 
-        The table above says how the owner gets to know of it.
+        The table at the head of this section says which event tells the owner.
 
         The owner may replace `state` meanwhile. At worst a client is cut off that has just become
         active.
@@ -2937,8 +2944,8 @@ class Server(http.server.ThreadingHTTPServer):
             entries = [self.responses.popleft() for _ in range(len(self.responses))]
         if entries:
             metrics.add_responses(
-                [f'{entry.routed.metric_labels},code="{entry.status}"' for entry in entries],
-                [entry.seconds for entry in entries])
+                [f'{routed.metric_labels},code="{status}"' for _, routed, status, _, _ in entries],
+                [seconds for _, _, _, _, seconds in entries])
             date = time.strftime("%d/%b/%Y:%H:%M:%S %z")
             access_log.info("\n".join([
                 f'{host} - - [{date}] "{routed.logged_request}" {status} {size or "-"} '
@@ -3150,8 +3157,8 @@ def end_process(args: threading.ExceptHookArgs) -> None:
 def serve(settings: Settings, stores: Sequence[Store]) -> None:
     """Serve until a stop signal. Raises IdpotError if the server cannot be started."""
     try:
-        # A silent database may be tried for long. Meanwhile a stop signal has its default effect,
-        # which is to end the process; with the PID 1 there is none, so the signal stays pending.
+        # A silent database may be tried for long. Meanwhile a stop signal ends the process, which
+        # is its default effect. A process with the PID 1 has none; there the signal stays pending.
         if os.getpid() > 1:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         description = stores[0].start()
