@@ -57,7 +57,22 @@ MAX_RANGE = 2**32
 POT_NAME = re.compile("[A-Za-z0-9_-]{1,60}")    # the table is pot_ + name; MySQL allows 64
 
 log = logging.getLogger("idpot")
-access_log = logging.getLogger("idpot.access")
+access_log = logging.getLogger("idpot.access")      # it writes to `log` if it has no handler
+
+
+# ---------------------------------------------------------------------------------------- overview
+#
+# Each section uses only what stands above it. Errors, settings, metrics and logs come first, then
+# the stores (pots in SQLite or MySQL), the allocator (which turns requests into database calls),
+# HTTP (parsing, routes, connections), the client, and the command line.
+#
+# Threads. Each worker (eight with MySQL, one with SQLite) owns a store, and so a connection to the
+# database. One worker at a time leads: it reads requests from all clients, has its store take the
+# IDs for them in one call, and sends the responses. The main thread enforces deadlines and looks
+# after the workers. A thread for each log writes what the others have logged.
+#
+# The path of a request: Server.handle_events() -> Connection.read_request() -> dispatch() -> a Job
+# in Scheduler -> Allocator._take() -> Store.take() -> Job.complete() -> Connection.send_response().
 
 
 # ------------------------------------------------------------------------------------------ errors
@@ -161,7 +176,7 @@ class SettingsError(IdpotError, argparse.ArgumentTypeError):
 # value stands bare or in double quotes. configparser reads the lines, a regular expression checks
 # and unquotes each value, and the converter of the setting turns the string into its value. Each
 # converter raises SettingsError or BadRequest with a message that names the value. The
-# settings are loaded before any other thread is started, and never change.
+# settings are loaded before any other thread is started, and do not change while idpot serves.
 
 T = TypeVar("T")
 
@@ -344,7 +359,9 @@ VALUE_PATTERN = re.compile(r'''((?:"(?:[^"\\\0]|\\["\\nt])*"|[^"\\\0;#])*)(?:[;#
 UNESCAPED = {'"': "", r"\"": '"', r"\\": "\\", r"\n": "\n", r"\t": "\t"}
 
 
-def read_settings(path: str) -> tuple[configparser.RawConfigParser, dict[str, tuple[int, str]]]:
+def read_settings(
+    path: str, shown_path: str
+) -> tuple[configparser.RawConfigParser, dict[str, tuple[int, str]]]:
     """Return the sections of a settings file, and the places of the names in it.
 
     The places map each name in lower case to the number of its line and to its spelling there.
@@ -360,15 +377,14 @@ def read_settings(path: str) -> tuple[configparser.RawConfigParser, dict[str, tu
         # line is changed, too, which does not matter.
         reader.read_file([line.title() if line.startswith("[") else line for line in lines], path)
     except OSError as error:
-        shown_path = path or '""'       # --config= without a file
-        raise SettingsError(f"{shown_path}: {error.strerror}")
+        raise SettingsError(f"{shown_path or quoted(path)}: {error.strerror}")
     except UnicodeDecodeError:
-        raise SettingsError(f"{path}: the file is not in UTF-8")
+        raise SettingsError(f"{shown_path}: the file is not in UTF-8")
     except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
-        raise SettingsError(f"{path}:{error.lineno}: the file has this section or name twice")
+        raise SettingsError(f"{shown_path}:{error.lineno}: the file has this section or name twice")
     except configparser.ParsingError as error:      # its own text could contain a password
         line = getattr(error, "lineno", 0) or error.errors[0][0]
-        raise SettingsError(f"{path}:{line}: this line is neither [section] nor name = value")
+        raise SettingsError(f"{shown_path}:{line}: this line is neither [section] nor name = value")
     names = [line.partition("=")[0].strip() for line in lines]
     return reader, {name.lower(): (number, name) for number, name in enumerate(names, 1)}
 
@@ -389,11 +405,11 @@ def load_settings(path: str | None = None) -> Settings:
     An empty value means the default, except for a token: see parse_token(). Raises SettingsError
     with the file, the line and the name of what is wrong.
     """
-    reader, places = read_settings(os.devnull if path is None else path)
+    real_path = os.devnull if path is None else path
     # systemd passes a copy of /etc/idpot.cfg in this folder. Messages name the original.
     credentials = os.environ.get("CREDENTIALS_DIRECTORY")
-    if path and credentials:
-        path = path.replace(credentials, "/etc")
+    path = real_path.replace(credentials, "/etc") if credentials else real_path
+    reader, places = read_settings(real_path, path)
     settings = Settings(uses_mysql="Mysql" in reader)
     for section in reader.sections():
         if section not in SECTIONS:
@@ -748,7 +764,7 @@ class Store(Protocol):
         """Prepare the database; return a description of it for the log.
 
         The main thread calls it on one store, before the workers start. If the database is down,
-        but may come later, this opens an incident and does not fail.
+        but may come later, this opens an incident and returns. Any other error ends the process.
         """
 
     def probe(self) -> str:
@@ -763,8 +779,8 @@ class Store(Protocol):
         There are at most MAX_BATCH_POTS claims, each of another pot. If one of them fails, the call
         fails, though counters may have moved: the caller then repeats them one by one. A counter
         that is below its floor must not issue IDs up to the floor; a store may correct it and raise
-        Transient, so that the call is repeated. With nowait a locked pot is an error at once, if
-        the database can do that. Raises NotFound or Exhausted.
+        Transient, so that the call is repeated. With nowait the call raises Transient at once if
+        a pot is locked, if the database can do that. Raises NotFound or Exhausted.
         """
 
     def current(self, pot: str) -> int:
@@ -870,9 +886,9 @@ class SqliteStore:
         """Write the counters of pots, by name; one statement is one transaction.
 
         The order matters. The counters in memory are raised after the write, so that a failed write
-        uses up no ID. The file is checked after the write as well: if somebody has replaced it, the
-        write went to a file without a name, and another idpot may issue the same IDs from the new
-        one. Then no ID of this write may be returned.
+        uses up no ID. The file is checked after the write: if somebody has replaced it, the write
+        went to a file without a name, and another idpot may issue the same IDs from the new one.
+        Then no ID of this write may be returned.
         """
         start = monotonic()
         rows = ", ".join(["(?, ?)"] * len(counters))
@@ -1206,7 +1222,7 @@ class MysqlConnection:
         """Connect to a server and prepare the session."""
         # The server's init_connect may have begun a transaction. To switch autocommit from off to
         # on commits it; to set it on while it is on does not. The driver switches it off unless
-        # autocommit=True is passed, and SET_SESSION switches it on.
+        # autocommit=True is passed, and SET_SESSION switches it on. So it must not be passed here.
         self.connection = self._driver.connect(**self._arguments, **arguments)
         self.execute(SET_SESSION)
         if self._tls == "skip-verify" and not self.query("SHOW STATUS LIKE 'Ssl_cipher'")[0][1]:
@@ -1545,6 +1561,16 @@ class MysqlStore:
 # once. If it was for one pot, that is due after a backoff: 16 ms, then twice as long after each
 # further failure, 1 s at most. Meanwhile its jobs that have failed stand behind new ones, and takes
 # behind reads, since a table that is locked for a backup can often be read.
+#
+# For example, a backup locks the table of pot a for ten minutes (Timeout is 10 seconds):
+#
+#   0 s      A call for a, b and c waits for the lock. After 0.1 s another worker leads.
+#   1 s      The call fails, and all three are suspect. b and c are taken one by one and are healthy
+#            again. With nowait a fails at once, and is failing.
+#   1-10 s   A worker that does not lead tries a again after 31 ms, 62 ms, ... 1 s. Each try waits
+#            for the lock for a second. Reads of a succeed if the lock permits that.
+#   10 s     The main thread times out the first jobs of a: 503 with the reason. New ones wait, too.
+#   600 s    The lock ends, the next try succeeds, and a is healthy.
 #
 # For a moment there can be two readers: a leader that has lost the lead notices it only when its
 # call returns. That is safe. The kernel reports an event of a connection to one of them only (see
@@ -1886,7 +1912,7 @@ class Allocator:
             worker.join(1 / len(self.workers))
 
     def _can_serve_isolated(self) -> bool:
-        """Whether so few workers are busy that one more can lead, and one is free to follow it."""
+        """Whether one worker can lead, and one more is free; of up to three, all must be free."""
         busy = sum([worker.busy_since < NOT_BUSY for worker in self.workers])
         return busy < max(1, len(self.workers) - 2)
 
@@ -1934,7 +1960,7 @@ class Allocator:
             store.connect()
             self._call_store(worker, batch)
         except IdpotError as error:     # of connect()
-            # It concerns all jobs. If another worker is just serving some, their IDs become a gap.
+            # It concerns all jobs. IDs that another worker is just taking for some become a gap.
             if self.count_connections():
                 error = Transient(str(error), error.detail)     # other workers can serve them
             self._fail_or_keep(store.subject, self._scheduler.all_jobs(), error)
@@ -2419,9 +2445,9 @@ ROUTES = [
     Route("GET", "/healthz", build_health_check, is_public=True),
     Route("GET", "/metrics", build_metrics),
 ]
-METHODS: dict[str, dict[str, Route]] = {}       # path -> method -> route
+ROUTES_BY_PATH: dict[str, dict[str, Route]] = {}       # path -> method -> route
 for _route in ROUTES:
-    METHODS.setdefault(_route.path, {})[_route.method] = _route
+    ROUTES_BY_PATH.setdefault(_route.path, {})[_route.method] = _route
 
 
 def match_path(path: str) -> tuple[str, str]:
@@ -2430,10 +2456,10 @@ def match_path(path: str) -> tuple[str, str]:
     A literal path such as /pot/create has precedence over /pot/{pot}.
     """
     parent, _, pot = path.rpartition("/")
-    if path in METHODS and "{" not in path:
+    if path in ROUTES_BY_PATH and "{" not in path:
         return path, pot
     template = parent + "/{pot}"
-    if template in METHODS and POT_NAME.fullmatch(pot):
+    if template in ROUTES_BY_PATH and POT_NAME.fullmatch(pot):
         return template, pot
     return UNKNOWN, ""
 
@@ -2448,7 +2474,7 @@ class RoutedHead:
     def __init__(self, data: bytes) -> None:
         head = self.head = parse_head(data)
         self.route_path, self.pot = match_path(head.path)
-        self.methods = METHODS.get(self.route_path, {})
+        self.methods = ROUTES_BY_PATH.get(self.route_path, {})
         self.route = self.methods.get("GET" if head.method == "HEAD" else head.method)
         self.operations: dict[bytes, Operation] = {}
         method = head.method if head.method in ("GET", "HEAD", "POST") else UNKNOWN
@@ -2852,9 +2878,9 @@ class Server(http.server.ThreadingHTTPServer):
     workers accept and read; the main thread has a loop of its own, in serve().
 
     Why not a thread for each client? Version 2.2 had that. 5,000 idle clients took 117 MB, where
-    3.0 takes 34. One client got 1.9 times the rate of go-idpot, and gets 3.1 times, because handing
-    a request from a client's thread to a worker and back costs two context switches. (These are
-    figures of contrib/bench.py on two cores.)
+    3.0 takes 34 (with SQLite). One client got 1.9 times the rate of go-idpot, and gets 3.1 times,
+    because handing a request from a client's thread to a worker and back costs two context
+    switches. (These are figures of contrib/bench.py on two cores.)
     """
 
     def __init__(
@@ -2896,7 +2922,7 @@ class Server(http.server.ThreadingHTTPServer):
     def handle_events(self, timeout: float) -> bool:
         """Accept and go on with the connections that the kernel reports, as the leader.
 
-        Waits for the first event as many seconds at most. Returns whether a job was added.
+        Waits up to `timeout` seconds for the first event. Returns whether a job was added.
         """
         # No event is out of date. Only the owner closes a connection, and with EPOLLONESHOT that is
         # the thread that the event is reported to.
@@ -3038,7 +3064,7 @@ class Client(AbstractContextManager["Client"]):
 
         It is tried once: a second attempt could find the pot that the first one has created.
         """
-        self.close()        # _request() repeats only what fails on a connection that was kept
+        self.close()        # _exchange() repeats only what fails on a connection that was kept
         try:
             self._request(201, "Created new pot", "POST", "/pot/create", name=pot, min=min)
         except Exhausted as error:

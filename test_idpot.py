@@ -165,6 +165,13 @@ def database_program():
             or missing("no mariadbd or mysqld is installed: apt-get install mariadb-server"))
 
 
+def is_stopped(process):
+    """Whether all threads of the process are stopped: a signal takes a moment."""
+    states = [Path(task, "stat").read_text().rpartition(")")[2].split()[0]
+              for task in Path(f"/proc/{process.pid}/task").iterdir()]
+    return set(states) == {"T"}
+
+
 class Database:
     """A MariaDB or MySQL server of our own; root has no password and may come over TCP.
 
@@ -256,13 +263,7 @@ class Database:
         if number in (SIGKILL, SIGTERM):
             self.process.wait(60)
         if number == SIGSTOP:
-            wait_until(self.is_stopped)
-
-    def is_stopped(self):
-        """Whether all of its threads are: a signal takes a moment."""
-        states = [Path(task, "stat").read_text().rpartition(")")[2].split()[0]
-                  for task in Path(f"/proc/{self.process.pid}/task").iterdir()]
-        return set(states) == {"T"}
+            wait_until(lambda: is_stopped(self.process))
 
     def remove(self):
         if self.process and self.process.poll() is None:
@@ -562,8 +563,11 @@ def until_in_flight(server, count):
 
 def stopped(server):
     """In this block the server is stopped: at the end it meets at once all that came meanwhile."""
-    return between(lambda: server.process.send_signal(SIGSTOP),
-                   lambda: server.process.send_signal(SIGCONT))
+    def stop():
+        server.process.send_signal(SIGSTOP)
+        wait_until(lambda: is_stopped(server.process))
+
+    return between(stop, lambda: server.process.send_signal(SIGCONT))
 
 
 @fixture
@@ -1864,7 +1868,7 @@ class TestTables:
         assert server.answer("GET", "/id/back") == (200, "200")
         assert "back\t200\n" in server.answer("GET", "/pot")[1]
         assert server.next("back") == 201
-        warning = "the counter of pot back was set back to 100, but 200 was issued: it continues above"
+        warning = "the counter of pot back was set back to 100, but 200 was issued: it continues"
         assert logged(server).count(warning) == 1
         server.next("back", 99)
         sql("UPDATE pot_back SET id = 100")
@@ -2271,7 +2275,7 @@ def test_a_database_that_is_slow_or_far_isolates_no_pot(first, run):
             taken.append(server.next(pots[number % 20]))
 
         with meanwhile(64, take):
-            wait_until(lambda: len(taken) > 400, 40)    # until then workers connect, which takes 3 s
+            wait_until(lambda: len(taken) > 400, 40)    # until then each worker connects, in 3 s
             before, start = len(taken), monotonic()
             wait_until(lambda: monotonic() > start + 4)
             rate = (len(taken) - before) / (monotonic() - start)
@@ -2861,9 +2865,12 @@ API_REFUSALS = [    # pot fixed is at 41; there is no pot none
     ("POST", "/id/fixed?range=0", None, 400, f'range "0" {RANGE}'),
     ("POST", "/id/fixed", "range=4294967297", 400, f'range "4294967297" {RANGE}'),
     # Fields that are not known, or not there
-    ("POST", "/pot/create", "name=a&mn=5", 400, 'unknown field "mn": the fields here are name and min\n'),
-    ("POST", "/id/fixed", "counts=5", 400, 'unknown field "counts": the fields here are count and range\n'),
-    ("POST", "/id/fixed?min=5", "range=2", 400, 'unknown field "min": the fields here are count and range\n'),
+    ("POST", "/pot/create", "name=a&mn=5", 400,
+     'unknown field "mn": the fields here are name and min\n'),
+    ("POST", "/id/fixed", "counts=5", 400,
+     'unknown field "counts": the fields here are count and range\n'),
+    ("POST", "/id/fixed?min=5", "range=2", 400,
+     'unknown field "min": the fields here are count and range\n'),
     ("GET", "/id/fixed?count=5", None, 400, 'field "count" is for POST\n'),
     ("GET", "/healthz?verbose=", None, 400, 'unknown field "verbose": it takes none\n'),
     # What is there, and what is not
@@ -3929,8 +3936,12 @@ def test_an_exception_that_nobody_expects_in_a_thread_ends_idpot(run):
 
 
 WITHOUT_THREADS = (     # a limit of the system, which does not bind root
-    "import idpot, resource", "resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))",
-    "os.getuid() or os.setresuid(65534, 65534, 65534)")
+    "import idpot, resource", "start_logs = idpot.start_logs",
+    "def start_without(settings):",
+    "    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))",
+    "    os.getuid() or os.setresuid(65534, 65534, 65534)",
+    "    start_logs(settings)",
+    "idpot.start_logs = start_without")
 
 
 def test_a_start_without_threads_is_refused_in_one_line(run):
