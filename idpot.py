@@ -44,7 +44,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
 from time import monotonic
 from typing import Annotated, Any, Final, Literal, NamedTuple, Protocol, TypeVar, get_type_hints
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
@@ -247,8 +246,7 @@ class ServerAddress(NamedTuple):
     arguments: dict[str, str | int]     # the arguments of mysql.connector.connect for it
 
 
-@dataclass(frozen=True)
-class Dsn:
+class Dsn(NamedTuple):
     """What [Mysql] says about the database servers and the account."""
     user: str
     password: str
@@ -304,7 +302,6 @@ def integer_between(minimum: int, maximum: int) -> Callable[[str], int]:
 DEFAULT_LISTEN = Address("127.0.0.1", 8080)
 
 
-@dataclass
 class Settings:
     """The settings, with their defaults. Each annotation lists type, section and converter.
 
@@ -410,7 +407,8 @@ def load_settings(path: str | None = None) -> Settings:
     credentials = os.environ.get("CREDENTIALS_DIRECTORY")
     path = real_path.replace(credentials, "/etc") if credentials else real_path
     reader, places = read_settings(real_path, path)
-    settings = Settings(uses_mysql="Mysql" in reader)
+    settings = Settings()
+    settings.uses_mysql = "Mysql" in reader
     for section in reader.sections():
         if section not in SECTIONS:
             raise SettingsError(f"{path}: unknown section [{section}]")
@@ -1612,12 +1610,11 @@ def format_result(operation: "Operation", result: Result) -> bytes:
     return str(result).encode()
 
 
-@dataclass(frozen=True)
-class Operation:
+class Operation(NamedTuple):
     """What a request asks of a pot, and how the result becomes the response."""
     kind: OperationKind
     pot: str
-    count: int = 0          # of a TAKE: how many IDs
+    size: int = 0           # of a TAKE: how many IDs
     minimum: int = 0        # of a CREATE or a RAISE: the least value of the counter
     status: int = 200       # of the response
     format_body: BodyFormat = format_result
@@ -2000,7 +1997,7 @@ class Allocator:
             try:
                 # Not all claims fit. Serve those that do, the smallest first: if one does not fit,
                 # no greater one does. Jobs that are completed here stay so.
-                for job in sorted(jobs, key=lambda job: job.operation.count):
+                for job in sorted(jobs, key=lambda job: job.operation.size):
                     self._take(store, {pot: [job]})
             except IdpotError as last_error:
                 error = last_error
@@ -2037,7 +2034,7 @@ class Allocator:
         self._last_claimed_pot = first.name
         if first.floor is None:     # a pot that was never read is isolated, and so the only one
             first.floor = store.current(first.name)     # raises PotUnusable if it could repeat IDs
-        claims = [Claim(pot.name, sum([job.operation.count for job in jobs]), pot.floor or 0)
+        claims = [Claim(pot.name, sum([job.operation.size for job in jobs]), pot.floor or 0)
                   for pot, jobs in batch.items()]
         last_ids = store.take(claims, nowait=first.is_suspect)      # then it is the only pot
         self._last_issued_pot = first.name
@@ -2051,7 +2048,7 @@ class Allocator:
             # The last job gets the last IDs, so IDs rise in the order in which jobs arrived.
             for job in reversed(batch[pot]):
                 job.complete(last_id)
-                last_id -= job.operation.count
+                last_id -= job.operation.size
 
     def _run_operation(self, worker: Worker, pot: PotQueue, operation: Operation) -> Result:
         """Run an operation that is not a take, and return its result."""
@@ -2180,8 +2177,7 @@ EMPTY_LINES = re.compile(rb"(?:\r\n)+")
 FORM = b"application/x-www-form-urlencoded"
 
 
-@dataclass(frozen=True)
-class RequestHead:
+class RequestHead(NamedTuple):
     """What the request line and the header fields of a request say."""
     method: str
     target: bytes
@@ -2356,13 +2352,13 @@ def format_created(operation: Operation, result: Result) -> bytes:
 def format_lines(operation: Operation, result: Result) -> bytes:
     """All IDs of a take, one on each line."""
     end = int(result) + 1
-    return b"".join([b"%d\n" % one for one in range(end - operation.count, end)])
+    return b"".join([b"%d\n" % one for one in range(end - operation.size, end)])
 
 
 def format_range(operation: Operation, result: Result) -> bytes:
     """The first and the last ID of a take."""
     last_id = int(result)
-    return b"%d\t%d\n" % (last_id - operation.count + 1, last_id)
+    return b"%d\t%d\n" % (last_id - operation.size + 1, last_id)
 
 
 Fields = Mapping[str, str]
@@ -2377,7 +2373,7 @@ def build_take(pot: str, fields: Fields) -> Operation:
     if "count" in fields:
         count = parse_integer(fields["count"], 1, MAX_COUNT, "count")
         return Operation(OperationKind.TAKE, pot, count, format_body=format_lines)
-    return Operation(OperationKind.TAKE, pot, count=1)
+    return Operation(OperationKind.TAKE, pot, size=1)
 
 
 def build_read(pot: str, fields: Fields) -> Operation:

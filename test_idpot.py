@@ -833,7 +833,8 @@ def load(text):
     """The settings of a file with that text; what its DSN says is among them."""
     Path("f.cfg").write_text(text, newline="")
     settings = idpot.load_settings("f.cfg")
-    return {**vars(settings), **vars(settings.dsn)}
+    values = {field: getattr(settings, field) for field in idpot.Settings.__annotations__}
+    return {**values, **settings.dsn._asdict()}
 
 
 @parametrize("text, expected", [
@@ -918,7 +919,7 @@ def test_a_file_of_go_idpot_starts_as_it_is(run, database, tmp_path):
     ("/db?autocommit=0&a`b=1&loc=Asia%2FTokyo", {"ignored": "autocommit, a`b, loc"}),
 ])
 def test_what_a_dsn_says(text, expected):
-    settings = vars(idpot.parse_dsn(text))
+    settings = idpot.parse_dsn(text)._asdict()
     assert {name: settings[name] for name in expected} == expected
 
 
@@ -1188,7 +1189,7 @@ def test_logs_that_are_moved_and_links_that_are_deleted_are_made_anew_without_lo
             newest.unlink()
             load.more(20)
             server.process.send_signal(SIGHUP)
-            wait_until(log.exists)
+            wait_until(lambda: log.exists() and newest.is_symlink())
         load.more()
     assert server.stop() == 0
     assert os.readlink(newest) == "log"
