@@ -2565,10 +2565,10 @@ def dispatch(routed: RoutedHead, body: bytes, settings: Settings) -> Operation:
 # reports an event to one thread, and disarms the connection until it is armed again. That thread
 # owns the connection until it re-arms it or hands it to a job; so connections need no lock.
 #
-# The life of a request. The leader is told of new connections, too, and accepts them. It receives
-# what the client has sent into the buffer of the connection. As soon as the buffer holds a complete
-# request, it is dispatched, and a job of it is added to the allocator. Whoever completes the job
-# owns the connection from then on: mostly the leader after its call, or the main thread at the
+# The life of a request. The kernel reports new connections to the leader, too, which accepts them.
+# It receives what the client has sent into the buffer of the connection. As soon as the buffer holds
+# a complete request, it is dispatched, and its job is added to the allocator. Whoever completes the
+# job owns the connection from then on: mostly the leader after its call, or the main thread at the
 # timeout. It sends the response without waiting for the client, and re-arms the connection. The
 # next request of the client is not parsed before that, so responses leave in order. What the
 # client does not accept at once is kept, and sent when the kernel reports that it is writable.
@@ -3122,8 +3122,8 @@ class Client(AbstractContextManager["Client"]):
             method, self._path_prefix + quote(path), urlencode(fields) or None)
         if response.status in self.ERRORS and re.fullmatch("[^\n]+\n", text):
             raise self.ERRORS[response.status](text.strip())
-        # http.client sets the length to None if the response has no Content-Length. Then it cannot
-        # be told whether it is complete.
+        # http.client sets the length to None if the response has no Content-Length. Then nobody
+        # knows whether it is complete.
         is_complete = response.length is not None
         if response.status == status and re.fullmatch(pattern, text) and is_complete:
             return text
