@@ -2566,8 +2566,8 @@ def dispatch(routed: RoutedHead, body: bytes, settings: Settings) -> Operation:
 # owns the connection until it re-arms it or hands it to a job; so connections need no lock.
 #
 # The life of a request. The kernel reports new connections to the leader, too, which accepts them.
-# It receives what the client has sent into the buffer of the connection. As soon as the buffer holds
-# a complete request, it is dispatched, and its job is added to the allocator. Whoever completes the
+# It receives what the client has sent into the buffer of the connection. As soon as that holds a
+# complete request, it is dispatched, and its job is added to the allocator. Whoever completes the
 # job owns the connection from then on: mostly the leader after its call, or the main thread at the
 # timeout. It sends the response without waiting for the client, and re-arms the connection. The
 # next request of the client is not parsed before that, so responses leave in order. What the
